@@ -1,0 +1,76 @@
+"""dist_train: kill anything at any instant, run the same command, and get the run that never died.
+
+The public names are imported when they are first used, so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_train.checkpoint.inference import load_model
+    from dist_train.checkpoint.policy import CheckpointPolicy
+    from dist_train.data import data_loader, evaluation_loader
+    from dist_train.errors import DistTrainError, ExitCode, StopReason
+    from dist_train.metrics import MAE, SMAPE, Accuracy, EarlyStopping, Mean, Metric
+    from dist_train.run import Run, RunOptions
+    from dist_train.trainer import TrainConfig, Trainer, TrainResult, seed_everything
+    from dist_train.world import init_distributed
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Accuracy": "metrics",
+    "CheckpointPolicy": "checkpoint.policy",
+    "DistTrainError": "errors",
+    "EarlyStopping": "metrics",
+    "ExitCode": "errors",
+    "MAE": "metrics",
+    "Mean": "metrics",
+    "Metric": "metrics",
+    "Run": "run",
+    "RunOptions": "run",
+    "SMAPE": "metrics",
+    "StopReason": "errors",
+    "TrainConfig": "trainer",
+    "TrainResult": "trainer",
+    "Trainer": "trainer",
+    "data_loader": "data",
+    "evaluation_loader": "data",
+    "init_distributed": "world",
+    "load_model": "checkpoint.inference",
+    "seed_everything": "trainer",
+}
+__all__ = [
+    "MAE",
+    "SMAPE",
+    "Accuracy",
+    "CheckpointPolicy",
+    "DistTrainError",
+    "EarlyStopping",
+    "ExitCode",
+    "Mean",
+    "Metric",
+    "Run",
+    "RunOptions",
+    "StopReason",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "data_loader",
+    "evaluation_loader",
+    "init_distributed",
+    "load_model",
+    "seed_everything",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dist_train' has no attribute {name!r}")
+    return getattr(import_module(f"dist_train.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,49 @@
+"""What lies in a run directory: the one definition of "committed" that resume, retention and the command line share.
+
+Committed: a folder under a committed name whose manifest parses with the right digest. Everything else is torn, corrupt
+or foreign and is reported with the reason. Reads only; checks no data file (see `verify`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, parse_step_name
+from dist_train.checkpoint.store import Store
+from dist_train.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A folder under a committed name; `manifest` is None where `problem` says why it cannot be used."""
+
+    path: str
+    """Relative to the store's root."""
+    manifest: Manifest | None
+    problem: CheckpointError | None = None
+
+
+def list_checkpoints(store: Store) -> list[Found]:
+    """All folders under committed names, oldest first: by sequence, the unreadable ones before all others."""
+    names = [name for name in store.list(CHECKPOINTS) if parse_step_name(name) is not None]
+    found = [read_checkpoint(store, f"{CHECKPOINTS}/{name}") for name in names]
+    return sorted(found, key=lambda one: one.manifest.sequence if one.manifest else -1)
+
+
+def committed(found: Sequence[Found]) -> list[tuple[str, Manifest]]:
+    """Path and manifest of those that can be used."""
+    return [(one.path, one.manifest) for one in found if one.manifest is not None]
+
+
+def read_checkpoint(store: Store, path: str) -> Found:
+    """One checkpoint folder, whatever state it is in."""
+    full = str(store.path(path))
+    try:
+        return Found(path, Manifest.from_json(store.read(f"{path}/{MANIFEST_NAME}"), full))
+    except FileNotFoundError:
+        return Found(path, None, CheckpointError(f"{full}: there is no {MANIFEST_NAME}; it was never committed.", full))
+    except OSError as error:
+        return Found(path, None, CheckpointError(f"{full}: the manifest cannot be read: {error}.", full))
+    except CheckpointError as error:
+        return Found(path, None, error)

@@ -1,0 +1,449 @@
+"""The facade of the room: open a run directory, restore the newest good checkpoint, save, prune, close.
+
+    save:    capture -> plan -> staging folder (main rank) -> image -> writer thread ... commit
+    restore: scan (main rank) -> broadcast -> verify (files split over ranks) -> reader -> live objects
+
+Invariant: every decision is the main rank's and is broadcast; every rank loads the manifest whose digest was broadcast.
+It knows nothing of loops and clocks: when to save is `policy` asked by the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dist_train import errors
+from dist_train.checkpoint import branch
+from dist_train.checkpoint.catalog import committed, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.manifest import (
+    CHECKPOINTS,
+    CORRUPT_PREFIX,
+    RUN_FILE,
+    SAVING_PREFIX,
+    TRASH_PREFIX,
+    Best,
+    Manifest,
+    Progress,
+    saving_name,
+    step_name,
+)
+from dist_train.checkpoint.ownership import Ownership
+from dist_train.checkpoint.plan import Plan, make_plan, signature_of
+from dist_train.checkpoint.policy import CheckpointPolicy
+from dist_train.checkpoint.reader import CheckpointReader
+from dist_train.checkpoint.resume import ResumeRequest, select_candidates
+from dist_train.checkpoint.retention import select_best, select_deletions
+from dist_train.checkpoint.shared import require_shared
+from dist_train.checkpoint.snapshot import Image
+from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.verify import verify_checkpoint
+from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, SaveJob, Writer, discard
+from dist_train.console import bytes_text
+from dist_train.errors import CorruptCheckpointError, DistTrainError, FormatVersionError, SaveFailedError
+from dist_train.state import Capture
+from dist_train.world import World
+
+logger = logging.getLogger(__name__)
+Json = Any
+_MANIFEST_SLACK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a manifest says besides the files; equal on all ranks but for `rank_state`."""
+
+    progress: Progress
+    reason: str
+    settings: dict[str, Json]
+    environment: dict[str, Json]
+    metrics: dict[str, float]
+    train_loss: float | None
+    best: Best | None
+    rank_state: dict[str, Json]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a checkpoint to resume from says, and access to its tensors."""
+
+    path: str
+    """As given to people: inside the run directory relative to the working directory."""
+    manifest: Manifest
+    reader: CheckpointReader
+    origin: Store
+    """The store it lies in: another run's when a path outside was given."""
+
+
+class Checkpointer:
+    """Saves and restores one run. `open`, `restore`, `save` and `close` are collective.
+
+    Args:
+        store: the run directory.
+        policy: what to keep, and how many failed saves in a row are survived.
+    """
+
+    def __init__(self, store: Store, world: World, policy: CheckpointPolicy) -> None:
+        self.store = store
+        self.world = world
+        self.policy = policy
+        self.run_id = ""
+        self.attempt = 0
+        self.committed: Progress | None = None
+        """Progress of the newest durable checkpoint, as far as the main rank knows."""
+        self.problems: list[str] = []
+        """Checkpoints that could not be used at start, and why; for people."""
+        self._ownership = Ownership(store) if world.is_main else None
+        self._writer: Writer | None = None
+        self._plan: Plan | None = None
+        self._image: Image | None = None
+        self._total_bytes = 0
+        self._serial = 0
+        self._sequence = 0
+        self._parent: str | None = None
+        self._monitor: str | None = policy.monitor
+        self._failures = 0
+        self._fatal: DistTrainError | None = None
+        self._verified: set[str] = set()
+        self._protected: set[str] = set()
+
+    @property
+    def committed_step(self) -> int:
+        """Step of the newest durable checkpoint, -1 before the first; exact on the main rank."""
+        return -1 if self.committed is None else self.committed.global_step
+
+    # Opening
+
+    def open(self) -> None:
+        """Takes the run directory over: ownership, shared check, leftovers of dead attempts to the trash.
+
+        Raises:
+            StorageError: not writable, or not one directory for all nodes.
+            RunInUseError: another launch lives there.
+        """
+        opening = self.on_main(self._take_over, "taking over the run directory")
+        self.run_id, self.attempt = opening["run_id"], opening["attempt"]
+        require_shared(self.store, self.world, self.attempt)
+        self._writer = Writer(self.store, self.world, self._ownership, self._after_commit)
+        if self.world.is_main:
+            self._writer.run(self._empty_trash)
+
+    def _take_over(self) -> Json:
+        assert self._ownership is not None
+        self.store.require_writable()
+        attempt = self._ownership.acquire()
+        self.store.make_directory(CHECKPOINTS)
+        if not self.store.exists(RUN_FILE):
+            created = {"run_id": uuid.uuid4().hex, "created": time.time(), "format": 1}
+            self.store.replace(RUN_FILE, json.dumps(created).encode())
+        for name in self.store.list(CHECKPOINTS):
+            if name.startswith(SAVING_PREFIX):
+                self.problems.append(f"{name} is torn (its writer died before the commit); it was thrown away.")
+                self.store.rename(f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{TRASH_PREFIX}{attempt:06d}-{name[1:]}")
+        return {"run_id": json.loads(self.store.read(RUN_FILE))["run_id"], "attempt": attempt}
+
+    def _empty_trash(self) -> list[Event]:
+        for name in self.store.list(CHECKPOINTS):
+            if name.startswith(TRASH_PREFIX):
+                self.store.remove_tree(f"{CHECKPOINTS}/{name}")
+        return []
+
+    def on_main(self, work: Callable[[], Json], what: str) -> Json:
+        """The main rank's JSON result on every rank; its package errors are raised on every rank alike."""
+        answer: Json = None
+        if self.world.is_main:
+            try:
+                answer = {"value": work()}
+            except DistTrainError as error:
+                answer = {"error": type(error).__name__, "message": str(error)}
+            except OSError as error:
+                message = f"{self.store.root}: {error}. Check the run directory and run the same command again."
+                answer = {"error": "StorageError", "message": message}
+        answer = self.world.broadcast(answer, what)
+        if "error" in answer:
+            raise getattr(errors, answer["error"])(answer["message"])
+        return answer["value"]
+
+    # Restoring
+
+    def restore(self, resume: str) -> Opened | None:
+        """The checkpoint to continue from, its digests verified; None is a fresh start.
+
+        Raises:
+            NoCheckpointError, ConfigError: what `resume` asks for cannot be had.
+            FormatVersionError: the newest checkpoint was written by a newer version.
+        """
+        request = ResumeRequest.parse(resume)
+        candidates = self.on_main(lambda: self._candidates(request), "the checkpoints to resume from")
+        for root, path, digest in candidates:
+            opened = self._try_open(root, path, digest)
+            if opened is not None:
+                self._accept(opened)
+                return opened
+        if candidates and request.kind in ("must", "path"):
+            raise errors.NoCheckpointError(
+                f"resume={resume!r}, but no checkpoint can be used. {' '.join(self.problems)} "
+                f"Give another one, or resume='auto' to start from the beginning."
+            )
+        return None
+
+    def _candidates(self, request: ResumeRequest) -> Json:
+        found = list_checkpoints(self.store)
+        for one in found:
+            if isinstance(one.problem, FormatVersionError):
+                raise one.problem
+        manifests = [manifest for _, manifest in committed(found)]
+        self._sequence = max((manifest.sequence for manifest in manifests), default=0)
+        if request.kind == "path":
+            answer = branch.candidates(self.store, request.path, found, self.attempt)
+            self._sequence = max(self._sequence, answer["sequence"])
+            return answer["checkpoints"]
+        chosen = select_candidates(request, found, str(self.store.root))
+        for one in found:
+            if one.problem is not None:
+                self._set_aside(one.path, str(one.problem))
+        return [[str(self.store.root), one.path, one.manifest.digest if one.manifest else ""] for one in chosen]
+
+    def _try_open(self, root: str, path: str, digest: str) -> Opened | None:
+        """Collective: None on all ranks when any rank cannot use it."""
+        own = root == str(self.store.root)
+        store = self.store if own else Store(root)
+        opened, problem = self._open(store, path, digest)
+        problems = [text for text in self.world.gather(problem, f"whether {path} verifies") if text]
+        if not problems:
+            return opened
+        if opened is not None:
+            opened.reader.close()
+        if own and self.world.is_main:
+            self._set_aside(path, problems[0])
+        elif self.world.is_main:
+            self.problems.append(f"{root}/{path}: {problems[0]}")
+        return None
+
+    def _open(self, store: Store, path: str, digest: str) -> tuple[Opened | None, str]:
+        found = read_checkpoint(store, path)
+        if found.manifest is None:
+            return None, str(found.problem)
+        if found.manifest.digest != digest:
+            return None, f"rank {self.world.rank} reads manifest {found.manifest.digest}, the main rank {digest}"
+        share = sorted(found.manifest.files)[self.world.rank :: self.world.world_size]
+        damages = verify_checkpoint(store, path, found.manifest, files=share)
+        if damages:
+            return None, "; ".join(str(damage) for damage in damages)
+        try:
+            reader = CheckpointReader(store, path, found.manifest, rank=self.world.rank)
+        except (OSError, ValueError, CorruptCheckpointError) as error:
+            return None, str(error)
+        return Opened(path=str(store.path(path)), manifest=found.manifest, reader=reader, origin=store), ""
+
+    def _accept(self, opened: Opened) -> None:
+        self._sequence = max(self._sequence, opened.manifest.sequence)
+        self._parent = opened.manifest.digest
+        self._monitor = self._monitor or (opened.manifest.best.monitor if opened.manifest.best else None)
+        if opened.origin is self.store:
+            relative = opened.path.removeprefix(f"{self.store.root}/")
+            self.committed = opened.manifest.progress
+            self._verified.add(relative)
+            self._protected = {relative}
+
+    def _set_aside(self, path: str, problem: str) -> None:
+        """Renames a checkpoint that cannot be used, so that the same step can be committed again."""
+        if not self.store.exists(path):
+            self.problems.append(f"{self.store.path(path)} cannot be used: {problem}.")
+            return
+        name = path.rsplit("/", 1)[-1]
+        aside = f"{CHECKPOINTS}/{CORRUPT_PREFIX}a{self.attempt:06d}-{name}"
+        self.problems.append(f"{self.store.path(path)} cannot be used: {problem}. It is kept as {aside}.")
+        self.store.rename(path, aside)
+
+    # Saving
+
+    def dry_run(self, capture: Capture) -> None:
+        """Plans a save without saving, so that what cannot be saved fails in the first second. Collective."""
+        self._refresh_plan(capture)
+
+    def save(self, capture: Capture, draft: Draft) -> float | None:
+        """Begins a save; returns the seconds that training waited, None when it was given up at once. Collective."""
+        started = time.monotonic()
+        assert self._writer is not None
+        self._writer.join()
+        plan = self._refresh_plan(capture)
+        begun = self.on_main(lambda: self._begin(draft), "where to save")
+        if "refused" in begun:
+            return None
+        if self._image is None:
+            self._image = Image(plan)
+        self._image.fill(plan, capture, self.world.rank)
+        self._writer.submit(
+            SaveJob(
+                serial=self._next_serial(),
+                staging=begun["staging"],
+                target=begun["target"],
+                plan=plan,
+                image=self._image,
+                rank_state={**capture.rank_state, **draft.rank_state},
+                manifest=self._draft_manifest(draft, capture, plan) if self.world.is_main else None,
+            )
+        )
+        return time.monotonic() - started
+
+    def _refresh_plan(self, capture: Capture) -> Plan:
+        """The kept plan, or a new one on all ranks when any rank's structure has changed."""
+        changed = self._plan is None or self._plan.signature != signature_of(capture)
+        if not self.world.max([changed], "whether the structure of the state has changed")[0]:
+            assert self._plan is not None
+            return self._plan
+        self._plan = plan = make_plan(capture, self.world.rank, self.world.world_size)
+        if self._image is not None:
+            self._image.close()
+            self._image = None
+        self.world.require_equal(plan.digest, "structure of the state (names, shapes and dtypes of tensors)")
+        written = self.world.sum([*plan.written_elements(), plan.num_bytes], "which rank writes what")
+        self._total_bytes = written[-1]
+        for (name, entry), count in zip(plan.tensors.items(), written[:-1], strict=True):
+            expected = math.prod(entry.shape)
+            if count != expected:
+                raise errors.DisagreementError(f"{name}: the ranks would write {count} of its {expected} elements.")
+        return plan
+
+    def _begin(self, draft: Draft) -> Json:
+        """Makes the staging folder; a disk that is full or broken refuses the save, not the training."""
+        step = draft.progress.global_step
+        free = self.store.free_bytes()
+        needed = self._total_bytes + _MANIFEST_SLACK
+        if free < needed:
+            needs = f"it needs {bytes_text(needed)} and {bytes_text(free)} are free on {self.store.root}"
+            return self._refuse(SaveFailed(global_step=step, message=f"not enough space: {needs}", out_of_space=True))
+        copies = (step_name(step, copy) for copy in range(1 << 20))
+        target = next(name for name in copies if not self.store.exists(f"{CHECKPOINTS}/{name}"))
+        staging = f"{CHECKPOINTS}/{saving_name(target, self.attempt)}"
+        try:
+            self.store.make_directory(staging, exist_ok=False)
+        except OSError as error:
+            return self._refuse(SaveFailed(global_step=step, message=str(error)))
+        return {"staging": staging, "target": target}
+
+    def _refuse(self, failure: SaveFailed) -> Json:
+        assert self._writer is not None
+        self._writer.tell(failure)
+        return {"refused": failure.message}
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _draft_manifest(self, draft: Draft, capture: Capture, plan: Plan) -> Manifest:
+        self._sequence += 1
+        if draft.best is not None:
+            self._monitor = draft.best.monitor
+        return Manifest(
+            run_id=self.run_id,
+            sequence=self._sequence,
+            attempt=self.attempt,
+            parent=self._parent,
+            committed_at=0.0,
+            progress=draft.progress,
+            files={},
+            tensors=plan.tensors,
+            aliases=capture.aliases,
+            state=capture.state,
+            settings=draft.settings,
+            environment=draft.environment,
+            metrics=draft.metrics,
+            train_loss=draft.train_loss,
+            best=draft.best,
+            world_size=self.world.world_size,
+            reason=draft.reason,
+        )
+
+    def poll(self) -> list[Event]:
+        """What the writer has done since the last call; only the main rank's commits."""
+        assert self._writer is not None
+        events = self._writer.events()
+        for event in events:
+            if isinstance(event, Committed):
+                self._failures = 0
+                self.committed = event.manifest.progress
+            elif isinstance(event, SaveFailed):
+                self._failures += 1
+                self._fatal = self._fatal or event.fatal
+        return events
+
+    @property
+    def must_end(self) -> bool:
+        """Whether training cannot go on: see `require_healthy`."""
+        return self._fatal is not None or self._failures > self.policy.max_failed_saves
+
+    def require_healthy(self) -> None:
+        """Raises RunInUseError or SaveFailedError when training must end; call it after the events were reported."""
+        if self._fatal is not None:
+            raise self._fatal
+        if self._failures > self.policy.max_failed_saves:
+            raise SaveFailedError(
+                f"{self._failures} saves failed in a row in {self.store.root} (max_failed_saves is "
+                f"{self.policy.max_failed_saves}); training stops so that no more work is lost. The newest checkpoint "
+                f"is step {self.committed_step}. Free space or fix the directory, then run the same command again."
+            )
+
+    @property
+    def is_busy(self) -> bool:
+        return self._writer is not None and self._writer.is_busy
+
+    @property
+    def failures(self) -> int:
+        return self._failures
+
+    def wait(self) -> None:
+        """Until the save in flight is committed or given up."""
+        if self._writer is not None:
+            self._writer.join()
+
+    def close(self, *, failed: bool = False) -> list[Event]:
+        """Joins the writer, gives the directory and the memory back; returns the last events."""
+        if self._writer is None:
+            return []
+        if failed:
+            self._writer.hurry()
+        self._writer.close()
+        events = self.poll()
+        if self._ownership is not None:
+            self._ownership.release()
+        if self._image is not None:
+            self._image.close()
+        self._writer = self._image = None
+        return events
+
+    # After a commit, in the writer's thread of the main rank
+
+    def _after_commit(self, done: Committed) -> list[Event]:
+        self._parent = done.manifest.digest
+        self._verified.add(done.path)
+        found = committed(list_checkpoints(self.store))
+        own = [one for one in found if one[1].run_id == self.run_id]
+        self._point_links(done.path, own)
+        doomed = select_deletions(
+            own,
+            self.policy,
+            run_id=self.run_id,
+            verified=self._verified,
+            protected=self._protected,
+            monitor=self._monitor,
+        )
+        self._protected = set()  # once something newer is durable, the origin of this attempt is like any other
+        for path in doomed:
+            discard(self.store, path)
+        return [Pruned(path=path) for path in doomed]
+
+    def _point_links(self, latest: str, own: list[tuple[str, Manifest]]) -> None:
+        best = select_best(own, self._monitor, self.policy.mode, 1)
+        try:
+            self.store.link("latest", latest)
+            if best:
+                self.store.link("best", best[0][0])
+        except OSError as error:
+            logger.warning("No 'latest' and 'best' links in %s: %s. Nothing depends on them.", self.store.root, error)

@@ -1,0 +1,171 @@
+"""A verified checkpoint -> live tensors, whatever layout it was written in and whatever layout they have now.
+
+Invariant: a tensor is filled element by element exactly once, with the dtype it was saved in, or it is an error that
+names it. Bytes go from the mapped file to their destination; no second copy of the model is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dist_train.checkpoint.manifest import Manifest
+from dist_train.checkpoint.plan import full_name, own_name
+from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.tensor_file import DTYPES, Part, read_layout
+from dist_train.errors import CorruptCheckpointError, StateMismatchError
+
+
+class CheckpointReader:
+    """Random access to the tensors of one checkpoint; implements `state.TensorSource`."""
+
+    def __init__(self, store: Store, path: str, manifest: Manifest, *, rank: int = 0) -> None:
+        self._path = str(store.path(path))
+        self._manifest = manifest
+        self._rank = rank
+        self._maps: list[mmap.mmap] = []
+        self._parts: dict[str, list[tuple[mmap.mmap, Part]]] = {}
+        for name in sorted(manifest.files):
+            if name.endswith(".safetensors"):
+                self._index(store.map(f"{path}/{name}"), name)
+        self._require_coverage()
+
+    def _index(self, data: mmap.mmap, name: str) -> None:
+        self._maps.append(data)
+        group = name.split("-", 1)[0]
+        for _, part in read_layout(data, f"{self._path}/{name}"):
+            full = full_name(group, part.key) if part.whole else part.name
+            self._parts.setdefault(full, []).append((data, part))
+
+    def close(self) -> None:
+        self._parts.clear()
+        for data in self._maps:
+            with contextlib.suppress(BufferError):  # a view is still referenced; the mapping goes with it
+                data.close()
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of stored tensors (tied ones under the name that is stored)."""
+        return [name for name in self._manifest.tensors if name.startswith(prefix)]
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        entry = self._manifest.tensors[self._resolve(name)]
+        return tuple(entry.shape), DTYPES[entry.dtype]
+
+    def own_name(self, name: str) -> str:
+        """The name of this rank's own value where every rank's was kept."""
+        own = own_name(name, self._rank)
+        return own if own in self._manifest.tensors else name
+
+    def fill(self, name: str, target: torch.Tensor) -> None:
+        """Overwrites a live tensor (or this rank's part of a DTensor) with the stored values."""
+        shape, dtype = self.describe(name)
+        if (tuple(target.shape), target.dtype) != (shape, dtype):
+            here = f"{list(target.shape)} {target.dtype}"
+            raise StateMismatchError(f"{name} is {list(shape)} {dtype} in {self._path} and {here} here.")
+        if isinstance(target, DTensor):
+            for chunk in target.__create_chunk_list__():
+                self._fill_box(name, target.to_local().detach(), tuple(chunk.offsets), tuple(chunk.sizes))
+        else:
+            self._fill_box(name, target.detach(), (0,) * len(shape), shape)
+
+    def create(self, name: str, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor:
+        """A new tensor with the stored values and memory order; sharded as `like` where the shapes are equal."""
+        shape, dtype = self.describe(name)
+        if isinstance(like, DTensor) and tuple(like.shape) == shape:
+            created = torch.empty_like(like, dtype=dtype, device=device)
+        else:
+            order = self._manifest.tensors[self._resolve(name)].order or list(range(len(shape)))
+            laid = torch.empty([shape[dim] for dim in order], dtype=dtype, device=device)
+            created = laid.permute(sorted(range(len(order)), key=order.__getitem__))
+        self.fill(name, created)
+        return created.detach()
+
+    def _resolve(self, name: str) -> str:
+        return self._manifest.aliases.get(name, name)
+
+    def _fill_box(self, name: str, target: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        filled = 0
+        for data, part in self._parts[self._resolve(name)]:
+            overlap = _overlap(part, offsets, sizes)
+            if overlap is None:
+                continue
+            lows, highs = overlap
+            values = _view(data, part)
+            for dim, (low, high) in enumerate(zip(lows, highs, strict=True)):
+                values = values.narrow(dim, low - part.offsets[dim], high - low)
+            _write(target, lows, highs, offsets, values)
+            filled += values.numel()
+            _forget(data, part)
+        if filled != target.numel():
+            raise CorruptCheckpointError(
+                f"{self._path}: {name} has {filled} of the {target.numel()} elements that are needed here.", self._path
+            )
+
+    def _require_coverage(self) -> None:
+        """Every tensor of the table is there once and whole."""
+        for name, entry in self._manifest.tensors.items():
+            parts = [part for _, part in self._parts.get(name, [])]
+            expected = 1
+            for size in entry.shape:
+                expected *= size
+            found = sum(part.numel for part in parts)
+            wrong_type = next((part for part in parts if part.dtype != entry.dtype), None)
+            if found != expected or (expected and not parts) or wrong_type or _any_overlap(parts):
+                raise CorruptCheckpointError(
+                    f"{self._path}: the files hold {found} elements of {name}, expected {expected} of {entry.dtype}, "
+                    f"each once.",
+                    self._path,
+                )
+
+
+def _view(data: mmap.mmap, part: Part) -> torch.Tensor:
+    if part.numel == 0:
+        return torch.empty(part.sizes, dtype=DTYPES[part.dtype])
+    flat = torch.frombuffer(data, dtype=torch.uint8, count=part.num_bytes, offset=part.start)
+    aligned = flat if part.start % DTYPES[part.dtype].itemsize == 0 else flat.clone()
+    return aligned.view(DTYPES[part.dtype]).view(part.sizes)
+
+
+def _write(
+    target: torch.Tensor, lows: list[int], highs: list[int], offsets: tuple[int, ...], values: torch.Tensor
+) -> None:
+    region = target
+    for dim, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        region = region.narrow(dim, low - offsets[dim], high - low)
+    for dim in range(region.dim()):
+        if region.stride(dim) == 0 and region.size(dim) > 1:  # expanded: one element stands for all of them
+            region, values = region.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    with torch.no_grad():
+        region.copy_(values)
+
+
+def _overlap(part: Part, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[list[int], list[int]] | None:
+    lows = [max(a, b) for a, b in zip(part.offsets, offsets, strict=True)]
+    highs = [min(a + n, b + m) for a, n, b, m in zip(part.offsets, part.sizes, offsets, sizes, strict=True)]
+    return None if any(low >= high for low, high in zip(lows, highs, strict=True)) else (lows, highs)
+
+
+def _any_overlap(parts: list[Part]) -> bool:
+    return any(_overlap(one, other.offsets, other.sizes) for one, other in _neighbours(parts) if one.sizes)
+
+
+def _neighbours(parts: list[Part]) -> Iterator[tuple[Part, Part]]:
+    """Pairs that could overlap: with equal counts of elements in all, an overlap always shows among these."""
+    ordered = sorted(parts, key=lambda part: part.offsets)
+    for index, one in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if one.sizes and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
+                break
+            yield one, other
+
+
+def _forget(data: Any, part: Part) -> None:
+    """Lets the kernel drop the pages that were read, so that a resume needs no more memory than training."""
+    if part.num_bytes >= 1 << 20 and hasattr(mmap, "MADV_DONTNEED"):
+        start = part.start // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_DONTNEED, start, part.start + part.num_bytes - start)

@@ -1,0 +1,342 @@
+"""The data of a run: in which order, which samples on which rank, with which randomness.
+
+Invariant: what a sample is and when it is used follow from (seed, epoch, samples consumed) alone, never from the world
+size, the number of DataLoader workers, how far they read ahead, or how often the run was killed. Seeking is arithmetic.
+
+    (seed, epoch) -> Permutation -> EpochLayout -> ResumableSampler -> workers: SeededDataset -> _collate -> batch
+                     the order      who takes what  SampleKey lists    RNGs seeded from (seed, epoch, index)
+
+It does not count consumed samples (the `Run` does), does not move batches to a device, and does not seed generators
+that a dataset makes for itself (`numpy.random.default_rng()` without a seed cannot be reproduced).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+
+from dist_train.errors import ConfigError
+from dist_train.order import EpochLayout, derive_seed, require_at_least_one, sample_order, split
+
+_DECIDED_HERE: Final = {"batch_size", "sampler", "batch_sampler", "shuffle", "drop_last", "generator", "in_order"}
+_STEPS_PER_BLOCK: Final = 64  # micro-steps permuted in one vectorised call
+# What a seed is for. Python's and numpy's generators are the same Mersenne Twister: seeded alike they would draw alike.
+# 0 is the order's.
+_PYTHON, _NUMPY, _TORCH, _COLLATE = range(1, 5)
+
+
+class SampleKey(NamedTuple):
+    """Names one use of one sample; all of its randomness follows from it and the run's seed."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a key
+
+
+class ResumableSampler(Sampler[list[SampleKey]]):
+    """A batch sampler whose order is f(seed, epoch) and whose position is set, never skipped to.
+
+    DataLoader workers reading ahead do not move the position: it belongs to the `Run`, which counts consumed samples.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        """Starts at epoch 0, sample 0. Raises ConfigError for sizes, or a rank, that cannot work."""
+        _require_rank(rank, world_size)
+        self._layout = EpochLayout(
+            num_samples=num_samples,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            world_size=world_size,
+            drop_last=drop_last,
+        )
+        if self._layout.num_windows == 0:
+            raise ConfigError(
+                f"drop_last leaves nothing: {num_samples} samples, global_batch_size {global_batch_size}; "
+                "use a smaller global_batch_size or drop_last=False"
+            )
+        self.num_samples, self.shuffle, self.seed, self.drop_last = num_samples, shuffle, seed, drop_last
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self._epoch = 0
+
+    def set_position(self, *, epoch: int, samples_into_epoch: int = 0) -> None:
+        """Where the next iterator starts; running ones are not disturbed. Raises ConfigError outside the epoch."""
+        if epoch < 0:
+            raise ConfigError(f"epoch must be at least 0, found {epoch}")
+        self._epoch, self._layout = epoch, replace(self._layout, start=samples_into_epoch)
+
+    @property
+    def epoch(self) -> int:
+        """0-based index of the epoch that the next iterator belongs to."""
+        return self._epoch
+
+    @property
+    def layout(self) -> EpochLayout:
+        """What is left of the epoch, from the present position."""
+        return self._layout
+
+    def __len__(self) -> int:
+        return self._layout.num_micro_steps
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        # A generator reads its position at the first `next`: hand it over now.
+        return self._key_lists(self._epoch, self._layout)
+
+    def _key_lists(self, epoch: int, layout: EpochLayout) -> Iterator[list[SampleKey]]:
+        order = sample_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        for first in range(0, layout.num_micro_steps, _STEPS_PER_BLOCK):
+            steps = range(first, min(first + _STEPS_PER_BLOCK, layout.num_micro_steps))
+            batches = [layout.micro_batch(step, self.rank) for step in steps]
+            indices = iter(order(np.concatenate([np.arange(batch.start, batch.stop) for batch in batches])).tolist())
+            for batch in batches:
+                yield [SampleKey(epoch, next(indices)) for _ in range(batch.start, batch.stop)]
+
+
+class ShardSampler(Sampler[list[SampleKey]]):
+    """A rank's contiguous shard of range(num_samples) in batches: unpadded, sizes of shards differ by at most one."""
+
+    def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        """Raises ConfigError for sizes, or a rank, that cannot work."""
+        require_at_least_one(num_samples=num_samples, batch_size=batch_size, world_size=world_size)
+        _require_rank(rank, world_size)
+        shard = split(num_samples, rank, world_size)
+        self._batches = [shard[at : at + batch_size] for at in range(0, len(shard), batch_size)]
+
+    def batch_sizes(self) -> list[int]:
+        """Samples of each of this rank's batches; empty where there are fewer samples than ranks."""
+        return [len(batch) for batch in self._batches]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return ([SampleKey(0, index) for index in batch] for batch in self._batches)
+
+
+class SeededSamples(NamedTuple):
+    """The samples of one micro-batch and the words that its collation is seeded from."""
+
+    samples: list[Any]
+    words: tuple[int, ...]
+
+
+class SeededDataset(Dataset[Any]):
+    """Makes a sample a function of (seed, epoch, index), equal with 0 or N workers, in this attempt or the next.
+
+    Python's `random`, numpy's global generator and torch's CPU generator are seeded before `inner[index]`. Outside of
+    workers they are put back after it: making samples never disturbs training's randomness. `inner.__getitems__` is not
+    used, because its samples would share one stream of random numbers.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        """`dataset` has `__getitem__(int)` and `__len__`; it stays within reach as `inner`."""
+        self.inner = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.inner)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        with _training_rngs_kept():
+            return self._sample(key)
+
+    def __getitems__(self, keys: list[SampleKey]) -> SeededSamples:
+        """The DataLoader's call: one save and restore of the generators for the whole micro-batch."""
+        with _training_rngs_kept():
+            return SeededSamples([self._sample(key) for key in keys], (self.seed, *keys[0], _COLLATE))
+
+    def _sample(self, key: SampleKey) -> Any:
+        _seed_rngs(self.seed, *key)
+        return self.inner[key.index]
+
+
+def _collate(collate: Callable[[list[Any]], Any], batch: SeededSamples | list[Any]) -> Any:
+    """Seeds for `collate` too: mixup or token masking is as exact as the samples. A plain list is a call by hand."""
+    if not isinstance(batch, SeededSamples):
+        return collate(batch)
+    with _training_rngs_kept():
+        _seed_rngs(*batch.words)
+        return collate(batch.samples)
+
+
+def _seed_rngs(*words: int) -> None:
+    random.seed(derive_seed(*words, _PYTHON))
+    np.random.seed(list(divmod(derive_seed(*words, _NUMPY), 2**32)))
+    torch.default_generator.manual_seed(derive_seed(*words, _TORCH))  # unlike `torch.manual_seed`, leaves CUDA alone
+
+
+@contextmanager
+def _training_rngs_kept() -> Iterator[None]:
+    """Outside of workers, puts the global CPU generators back; in a worker nobody else uses them."""
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def _start_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
+    """Keeps a stop signal to the whole job from killing the workers before the loop reads its flag.
+
+    SIGTERM is obeyed from the parent alone. Were it ignored outright, a DataLoader that is alive when Python exits
+    would hang there for ever: `multiprocessing` terminates its children, then waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM keeps its meaning
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for threads that began before the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_terminated_by, args=(os.getppid(),), daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+def _exit_when_terminated_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def data_loader(
+    dataset: Dataset[Any],
+    *,
+    global_batch_size: int,
+    micro_batch_size: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    **loader_options: Any,
+) -> DataLoader[Any]:
+    """A DataLoader of this rank's micro-batches, exact across kills and changes of world size. Do not `prepare` it.
+
+    Args:
+        dataset: Map-style, with `__len__`; every rank has the same one.
+        global_batch_size: Samples of one optimizer update over all ranks.
+        micro_batch_size: Most samples of one forward pass; None is the rank's whole share of an update.
+        shuffle: A new order each epoch, from (seed, epoch); otherwise the dataset's own.
+        seed: Of the order, and of the randomness in samples and collation.
+        num_workers: Processes that make samples; it does not change them.
+        drop_last: Leave out an epoch's last update if it is short; otherwise it is weighted by its samples.
+        rank: Together with `world_size`; None asks torch.distributed, then RANK and WORLD_SIZE, then it is 0 of 1.
+        world_size: See `rank`.
+        **loader_options: Of `torch.utils.data.DataLoader`, but those that would decide the order.
+
+    Raises:
+        ConfigError: A dataset without length or without samples, a size below 1, or options that contradict.
+    """
+    rank, world_size = _resolve_world(rank, world_size)
+    sampler = ResumableSampler(
+        _count_samples(dataset),
+        global_batch_size=global_batch_size,
+        micro_batch_size=-(-global_batch_size // world_size) if micro_batch_size is None else micro_batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        drop_last=drop_last,
+    )
+    return _seeded_loader(dataset, sampler, seed, num_workers, loader_options)
+
+
+def evaluation_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    num_workers: int = 0,
+    rank: int | None = None,
+    world_size: int | None = None,
+    **loader_options: Any,
+) -> DataLoader[Any]:
+    """A DataLoader that gives each sample exactly once over all ranks: in order, unpadded, a contiguous shard a rank.
+
+    A rank may have no batch at all, so no collective may depend on one. `loader.batch_sampler` is a `ShardSampler`;
+    samples are seeded as in epoch 0. Arguments and errors are those of `data_loader`; `batch_size` is a rank's.
+    """
+    rank, world_size = _resolve_world(rank, world_size)
+    sampler = ShardSampler(_count_samples(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
+    return _seeded_loader(dataset, sampler, seed, num_workers, loader_options)
+
+
+def _seeded_loader(
+    dataset: Dataset[Any], sampler: Sampler[list[SampleKey]], seed: int, num_workers: int, options: dict[str, Any]
+) -> DataLoader[Any]:
+    if taken := sorted(_DECIDED_HERE & set(options)):
+        raise ConfigError(f"{', '.join(taken)}: decided by the loader so that a resume is exact; leave it out")
+    init, collate = options.pop("worker_init_fn", None), options.pop("collate_fn", None)
+    return DataLoader(
+        SeededDataset(dataset, seed),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=partial(_collate, collate or default_collate),
+        worker_init_fn=partial(_start_worker, init),
+        generator=torch.Generator().manual_seed(derive_seed(seed)),  # else an iterator draws from the global generator
+        **options,
+    )
+
+
+def _count_samples(dataset: Dataset[Any]) -> int:
+    name = type(dataset).__name__
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ConfigError(f"{name} needs __len__ and __getitem__(index): an exact resume needs random access")
+    if len(dataset) == 0:
+        raise ConfigError(f"{name} is empty: there is nothing to train or evaluate on")
+    return len(dataset)
+
+
+def _require_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} is outside a world of {world_size}; ranks count from 0")
+
+
+def _resolve_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise ConfigError(f"rank and world_size belong together, found rank={rank}, world_size={world_size}")
+    if rank is None or world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    _require_rank(rank, world_size)
+    return rank, world_size
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on the device; nested dicts, lists, tuples and what has `.to` are gone through."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        moved = {key: move_batch(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_batch(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(move_batch(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch

@@ -1,0 +1,154 @@
+"""How far a run is and what it has measured: everything of a manifest that is neither a tensor nor a live object.
+
+Invariant: restored from a checkpoint it goes on exactly where the saved one stood, so that progress, losses, metrics
+and the folded history of a killed run equal the uninterrupted one's. It saves nothing, stops nothing and reads no
+clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dist_train.checkpoint.checkpointer import Draft, Opened
+from dist_train.checkpoint.manifest import METRICS_LOG, Best, Progress
+from dist_train.checkpoint.policy import CheckpointPolicy
+from dist_train.checkpoint.store import Store
+from dist_train.console import MetricsLog, fold_metrics
+from dist_train.errors import ConfigError
+from dist_train.metrics import EarlyStopping, LossMeter, is_better
+from dist_train.order import MicroBatch
+from dist_train.world import World
+
+logger = logging.getLogger(__name__)
+Json = Any
+
+
+class RunProgress:
+    """Counts, losses, metrics and the best so far of one run, on every rank alike.
+
+    Args:
+        store: the run directory, for metrics.jsonl (written by the main rank).
+        policy: which metric is monitored, and in which direction.
+    """
+
+    def __init__(
+        self, store: Store, world: World, policy: CheckpointPolicy, early_stopping: EarlyStopping | None
+    ) -> None:
+        self.now = Progress()
+        self.metrics: dict[str, float] = {}
+        self.train_loss: float | None = None
+        self.best: Best | None = None
+        self.meter = LossMeter()
+        self._store = store
+        self._world = world
+        self._policy = policy
+        self._early = early_stopping
+        self._log = MetricsLog(store, enabled=world.is_main)
+
+    @property
+    def patience_is_over(self) -> bool:
+        return self._early is not None and self.now.stale_epochs >= self._early.patience
+
+    def start_fresh(self, attempt: int) -> None:
+        self._log.start(attempt, None, 0)
+
+    def restore(self, opened: Opened, attempt: int) -> Json:
+        """Takes over what a checkpoint says; returns this rank's RNG state."""
+        manifest = opened.manifest
+        self.now = manifest.progress
+        self.best, self.metrics, self.train_loss = manifest.best, dict(manifest.metrics), manifest.train_loss
+        self._continue_history(opened, attempt)
+        rows = manifest.rank_state
+        meters = [[float.fromhex(text) for text in row["loss"]] for row in rows]
+        if len(rows) == self._world.world_size:
+            self.meter.load(meters[self._world.rank])
+            return rows[self._world.rank]["rng"]
+        logger.warning(
+            "The checkpoint was saved by %d ranks and is continued by %d: samples, updates and learning rates are the "
+            "same, random numbers drawn in training (dropout) are not.",
+            len(rows),
+            self._world.world_size,
+        )
+        if self._world.is_main:
+            self.meter.load([math.fsum(column) for column in zip(*meters, strict=True)])
+        return rows[min(self._world.rank, len(rows) - 1)]["rng"]
+
+    def count_update(self, micro: MicroBatch, *, skipped: bool) -> None:
+        """One window is consumed; its update counts unless the GradScaler left it out."""
+        self.now = replace(
+            self.now,
+            global_step=self.now.global_step + (not skipped),
+            skipped_updates=self.now.skipped_updates + skipped,
+            samples_into_epoch=self.now.samples_into_epoch + micro.window_samples,
+            evaluation="pending" if micro.ends_epoch else "none",
+        )
+
+    def log_step(self, learning_rate: float | None) -> dict[str, float | None]:
+        """Records the loss since the last record; returns what trackers get. Collective, waits for the device."""
+        values = {"loss": self.meter.take_recent(self._world), "lr": learning_rate}
+        self._log.write(kind="step", global_step=self.now.global_step, epoch=self.now.epoch, **values)
+        self.now = replace(self.now, metric_records=self._log.count)
+        return values
+
+    def end_epoch(self, metrics: Mapping[str, float]) -> dict[str, float | None]:
+        """Records the epoch and judges it; returns what trackers get. Collective."""
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        self.train_loss = self.meter.take_epoch(self._world)
+        values = {"train_loss": self.train_loss, **self.metrics}
+        self._log.write(kind="epoch", global_step=self.now.global_step, epoch=self.now.epoch, **values)
+        self.now = replace(
+            self.now,
+            epoch=self.now.epoch + 1,
+            epochs_completed=self.now.epochs_completed + 1,
+            samples_into_epoch=0,
+            evaluation="done",
+            metric_records=self._log.count,
+        )
+        self._judge()
+        return values
+
+    def draft(self, reason: str, settings: dict[str, Json], environment: dict[str, Json]) -> Draft:
+        """What a manifest says of this moment. Collective."""
+        evaluated = self.now.evaluation == "done"
+        return Draft(
+            progress=self.now,
+            reason=reason,
+            settings=settings,
+            environment=environment,
+            metrics=self.metrics if evaluated else {},
+            train_loss=self.train_loss if evaluated else self.meter.epoch_mean(self._world),
+            best=self.best,
+            rank_state={"loss": [float(value).hex() for value in self.meter.state()]},
+        )
+
+    def _judge(self) -> None:
+        """The best so far, and patience. Metrics are equal on all ranks, and so is the verdict."""
+        monitor = self._policy.monitor or (self.best.monitor if self.best else next(iter(self.metrics), None))
+        if monitor is None:
+            return
+        if monitor not in self.metrics:
+            known = ", ".join(self.metrics) or "none"
+            raise ConfigError(f"monitor={monitor!r} is not among the metrics given to end_epoch ({known}).")
+        value, mode = self.metrics[monitor], self._policy.mode
+        best = self.best.value if self.best and self.best.monitor == monitor else None
+        improved = is_better(value, best, mode, self._early.min_delta if self._early else 0.0)
+        self.now = replace(self.now, stale_epochs=0 if improved else self.now.stale_epochs + 1)
+        if is_better(value, best, mode):
+            done, step = self.now.epochs_completed, self.now.global_step
+            self.best = Best(monitor=monitor, mode=mode, value=value, global_step=step, epochs_completed=done)
+
+    def _continue_history(self, opened: Opened, attempt: int) -> None:
+        """The folded history goes on from the checkpoint's record; another run's is taken over."""
+        if opened.origin is self._store:
+            self._log.start(attempt, opened.manifest.attempt, self.now.metric_records)
+            return
+        lines: list[str] = []
+        if opened.origin.exists(METRICS_LOG):
+            lines = opened.origin.read(METRICS_LOG).decode(errors="replace").splitlines()
+        inherited = fold_metrics(lines, opened.manifest.attempt)[: self.now.metric_records]
+        self._log.start(attempt, None, 0, inherited)
+        self.now = replace(self.now, metric_records=self._log.count)

@@ -1,0 +1,65 @@
+"""What DistributedDataParallel needs so that a restarted process computes the same bits as one that has been running.
+
+Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer.cpp (torch 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train.state import innermost_module
+from dist_train.world import World
+
+
+def fix_bucket_layout(model: nn.Module) -> None:
+    """Makes DDP rebuild its buckets now, not after the first real backward pass. Collective.
+
+    The rebuilt layout decides the order of summation on three and more ranks; a process that resumes must have the one
+    that the killed process had. A synthetic backward of zeros needs neither batch nor loss and moves no BatchNorm or
+    RNG.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters or model.static_graph:
+        return
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    model.reducer.prepare_for_backward([])
+    torch.stack([(p * 0).sum().to(torch.float32) for p in parameters]).sum().backward()
+    model.reducer._rebuild_buckets()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def broadcast_buffers(model: nn.Module, world: World) -> None:
+    """Gives every rank the main rank's buffers (BatchNorm statistics differ by rank). Collective."""
+    if world.world_size > 1:
+        for buffer in innermost_module(model).buffers():
+            world.broadcast_tensor(buffer)
+
+
+@contextmanager
+def evaluating(model: nn.Module, world: World) -> Iterator[nn.Module]:
+    """The unwrapped model in eval mode with the main rank's buffers, without gradients; put back afterwards.
+    Collective.
+    """
+    inner = innermost_module(model)
+    own = getattr(model, "broadcast_buffers", True) is False
+    kept = [buffer.detach().clone() for buffer in inner.buffers()] if own else []
+    modes = {module: module.training for module in inner.modules()}
+    broadcast_buffers(model, world)
+    inner.eval()
+    try:
+        with torch.no_grad():
+            yield inner
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for buffer, value in zip(inner.buffers(), kept, strict=False):
+            buffer.detach().copy_(value)
+        if isinstance(model, DistributedDataParallel):
+            # A forward without gradients leaves it off, and the next one would not take over the main rank's buffers;
+            # a restarted process would.
+            model.require_forward_param_sync = True

@@ -1,0 +1,127 @@
+"""Tells people what a run does: terminal, run.jsonl, status.json. On ranks other than the main one it says nothing.
+
+Invariant: "Checkpoint saved" is said only of what is durable. It decides nothing and raises nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
+from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed
+from dist_train.console import Console, EventLog, bytes_text, metric_label, metric_text
+
+logger = logging.getLogger(__name__)
+Json = Any
+
+
+class Reporter:
+    """The main rank's voice."""
+
+    def __init__(self, store: Store, *, is_main: bool, run_dir: str) -> None:
+        self.console = Console(enabled=is_main)
+        self.events = EventLog(store, enabled=is_main)
+        self.epochs = 0
+        """Epochs that the run was asked for; for "13/20"."""
+        self._store = store
+        self._is_main = is_main
+        self._run_dir = run_dir
+        self._stalls: dict[int, float] = {}
+
+    def note_stall(self, global_step: int, seconds: float) -> None:
+        """How long training waited for a save that is now in flight."""
+        self._stalls[global_step] = seconds
+
+    def report(self, events: Sequence[Event], *, failures: int = 0, most_failures: int = 0, newest: int = -1) -> None:
+        """What the writer has done."""
+        for event in events:
+            if isinstance(event, Committed):
+                self._report_commit(event)
+            elif isinstance(event, Pruned):
+                self.events.write("pruned", path=event.path)
+            else:
+                self._report_failure(event, f"failure {failures} of at most {most_failures} in a row", newest)
+
+    def resumed(self, path: str, manifest: Manifest, changes: Mapping[str, tuple[Json, Json]]) -> None:
+        step = manifest.progress.global_step
+        self.events.write("resumed", path=path, global_step=step, digest=manifest.digest, changes=changes)
+        if changes:
+            self.console.say("Settings changed since the checkpoint:")
+        for place, (then, today) in changes.items():
+            self.console.say(f"  {place}: {_short(then)} -> {_short(today)}")
+
+    def problems(self, problems: Sequence[str]) -> None:
+        """Checkpoints that could not be used."""
+        for problem in problems if self._is_main else ():
+            logger.warning("%s", problem)
+            self.events.write("skipped_checkpoint", problem=problem)
+
+    def where_from(self, path: str, progress: Progress, best: Best | None) -> None:
+        shown = f", best {best.monitor} {best.value:.6g}" if best else ""
+        self.console.say(f"Resuming from {path} (epoch {progress.epochs_completed} of {self.epochs} done{shown})")
+        if progress.epochs_completed >= self.epochs:
+            self.console.say("Nothing is left to do; give more epochs to go on.")
+
+    def step(self, epoch: int, global_step: int, loss: float | None) -> None:
+        shown = "" if loss is None else f" - Train Loss: {loss:.4f}"
+        self.console.show(f"Epoch {epoch + 1}/{self.epochs} - step {global_step}{shown}")
+
+    def epoch(self, completed: int, train_loss: float | None, metrics: Mapping[str, float]) -> None:
+        loss = "" if train_loss is None else f" - Train Loss: {train_loss:.4f}"
+        shown = "".join(f" - {metric_label(name)}: {metric_text(name, value)}" for name, value in metrics.items())
+        self.console.say(f"Epoch {completed}/{self.epochs}{loss}{shown}")
+
+    def status(self, status: str, exit_code: int | None, progress: Progress, attempt: int, error: str = "") -> None:
+        """status.json: how the run stands or ended."""
+        if not self._is_main:
+            return
+        body = {"status": status, "exit_code": exit_code, "global_step": progress.global_step, "attempt": attempt}
+        body |= {"epochs_completed": progress.epochs_completed, "error": error}
+        try:
+            self._store.replace(STATUS_FILE, json.dumps(body).encode())
+        except OSError as failure:
+            logger.warning("%s was not written: %s", self._store.path(STATUS_FILE), failure)
+
+    def _report_commit(self, event: Committed) -> None:
+        manifest, progress = event.manifest, event.manifest.progress
+        stall = self._stalls.pop(progress.global_step, 0.0)
+        done = progress.evaluation == "done"
+        title = f"epoch {progress.epochs_completed}" if done else f"in epoch {progress.epoch + 1}"
+        where = f"step {progress.global_step}, {bytes_text(manifest.num_bytes)}, stall {stall * 1e3:.0f} ms"
+        self.console.say(f"Checkpoint saved: {title} ({where})")
+        self.events.write(
+            "committed",
+            path=event.path,
+            global_step=progress.global_step,
+            bytes=manifest.num_bytes,
+            reason=manifest.reason,
+            stall_seconds=stall,
+            seconds=event.seconds,
+        )
+        best = manifest.best
+        if best is not None and manifest.metrics and best.epochs_completed == progress.epochs_completed:
+            self.console.say(f"Best model so far: {metric_label(best.monitor)} {metric_text(best.monitor, best.value)}")
+
+    def _report_failure(self, event: SaveFailed, count: str, newest: int) -> None:
+        cause = "no space: " if event.out_of_space else ""
+        logger.error(
+            "The checkpoint of step %d was not saved in %s: %s%s. Training goes on and tries again (%s); older "
+            "checkpoints are whole, the newest is %s.",
+            event.global_step,
+            self._run_dir,
+            cause,
+            event.message,
+            count,
+            f"step {newest}" if newest >= 0 else "none yet",
+        )
+        fields = {"global_step": event.global_step, "message": cause + event.message}
+        self.events.write("failed", out_of_space=event.out_of_space, **fields)
+
+
+def _short(value: Json) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

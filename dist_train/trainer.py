@@ -1,0 +1,288 @@
+"""Trainer: the standard loop, written with `Run`. Read `fit` to see when things happen.
+
+It adds nothing to what `Run` promises; a loop of your own has the same powers (see `examples/own_loop.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dist_train.checkpoint.catalog import committed, list_checkpoints
+from dist_train.checkpoint.policy import CheckpointPolicy
+from dist_train.checkpoint.store import Store
+from dist_train.data import data_loader, evaluation_loader
+from dist_train.errors import ConfigError, StopReason
+from dist_train.metrics import EarlyStopping, Mean, Metric
+from dist_train.run import Run, RunOptions
+from dist_train.world import current_world, init_distributed
+
+Loss = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training run. The global batch is the truth; accumulation follows from the world size."""
+
+    run_dir: str
+    """Directory of the run; the same on every restart, shared by all nodes."""
+    epochs: int
+    """Passes over the training data."""
+    global_batch_size: int | None = None
+    """Samples of one optimizer update, over all ranks and accumulated micro-batches."""
+    micro_batch_size: int | None = None
+    """Samples of one forward pass on one device; None takes a rank's whole share of the global batch."""
+    gradient_accumulation_steps: int | None = None
+    """Instead of `global_batch_size`: fixes it at micro_batch_size * this * the world size of the first start."""
+    mixed_precision: str = "no"
+    """`no`, `bf16` or `fp16` (with a GradScaler, on a GPU)."""
+    max_grad_norm: float | None = None
+    """Clip the gradient's norm to this before each update."""
+    seed: int = 0
+    """Of the order of samples and of augmentation; see `seed_everything` for the model's initialisation."""
+    num_workers: int = 0
+    """DataLoader workers of each rank; does not change what is trained."""
+    drop_last: bool = False
+    """Leave out an epoch's last window when it is short; BatchNorm needs it where a rank would get a single sample."""
+    max_steps: int | None = None
+    """Stop after this many optimizer updates, whatever `epochs` says."""
+    log_every_steps: int = 50
+    """Optimizer updates between records of the training loss."""
+    resume: str = "auto"
+    """`auto`, `must`, `never`, or the path of a checkpoint to branch from."""
+    checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
+    """When to save and what to keep."""
+    early_stopping: EarlyStopping | None = None
+    log_with: str | None = None
+    """A tracker of Accelerate's, for instance `tensorboard`; it writes into the run directory."""
+    deterministic: bool = False
+    """Deterministic algorithms, needed for bit for bit exact resumes on a GPU; slower."""
+    cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "global_batch_size",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "log_every_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"TrainConfig.{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16' or 'fp16'.")
+        if self.gradient_accumulation_steps is None:
+            if self.global_batch_size is None:
+                raise ConfigError(
+                    "TrainConfig needs global_batch_size, or gradient_accumulation_steps and micro_batch_size."
+                )
+        elif self.global_batch_size is not None or self.micro_batch_size is None:
+            raise ConfigError(
+                "TrainConfig.gradient_accumulation_steps goes with micro_batch_size and without global_batch_size."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    status: StopReason
+    exit_code: int
+    global_step: int
+    epochs_completed: int
+    metrics: dict[str, float]
+    """Of the last evaluation."""
+    best: float | None
+    """Best value of the monitored metric."""
+
+
+class Trainer:
+    """The standard loop over `Run`: DDP, autocast, GradScaler, accumulation, clipping, evaluation, trackers.
+
+    Args:
+        model: on the CPU; it is placed and wrapped here.
+        optimizer: over the model's parameters.
+        train_data: a dataset with `__len__` and `__getitem__`; random augmentation in it is made exact by seeding.
+        eval_data: evaluated after each epoch, each sample once over all ranks.
+        loss: `loss(model, batch)` returns the micro-batch's mean loss, or (loss, prediction, target) for metrics.
+        scheduler: stepped once an optimizer update.
+        metrics: by name, for instance `{"val_smape": SMAPE()}`; `val_loss` is always measured.
+        collate_fn: makes a batch of samples; torch's default otherwise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        train_data: Any,
+        loss: Loss,
+        config: TrainConfig,
+        eval_data: Any | None = None,
+        scheduler: Any | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.loss = loss
+        self.metrics = dict(metrics or {})
+        if self.metrics and eval_data is None:
+            raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
+        if config.deterministic:
+            _be_deterministic()
+        init_distributed()
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=config.cpu,
+            log_with=config.log_with,
+            project_dir=os.path.join(config.run_dir, "tracker") if config.log_with else None,
+        )
+        shared: dict[str, Any] = {"seed": config.seed, "num_workers": config.num_workers}
+        if collate_fn is not None:
+            shared["collate_fn"] = collate_fn
+        self.train_loader = data_loader(
+            train_data,
+            global_batch_size=config.global_batch_size or self._global_batch_size(),
+            micro_batch_size=config.micro_batch_size,
+            drop_last=config.drop_last,
+            **shared,
+        )
+        self.eval_loader: Any = None
+        if eval_data is not None:
+            sampler: Any = self.train_loader.batch_sampler
+            self.eval_loader = evaluation_loader(eval_data, batch_size=sampler.micro_batch_size, **shared)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.scheduler = scheduler
+
+    def fit(self) -> TrainResult:
+        """Trains to the end, from the newest good checkpoint if there is one. Collective."""
+        with self._run() as run:
+            self._start_tracker(run)
+            for _ in run.epochs(self.config.epochs):
+                self.model.train()
+                for batch in run.batches(self.train_loader):
+                    loss = self._train_on(batch, run)
+                    run.step(loss=loss)
+                if run.epoch_is_complete:
+                    run.end_epoch(**self._evaluate(run))
+            self.accelerator.end_training() if self.config.log_with else None
+        return TrainResult(
+            status=run.reason or StopReason.ERROR,
+            exit_code=run.exit_code,
+            global_step=run.global_step,
+            epochs_completed=run.epochs_completed,
+            metrics=run.metrics,
+            best=run.best,
+        )
+
+    def _train_on(self, batch: Any, run: Run) -> torch.Tensor:
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.model):
+            loss, _ = _split_outputs(self.loss(self.model, batch))
+            accelerator.backward(loss * run.loss_weight)
+            if accelerator.sync_gradients and self.config.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.scheduler is not None and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        return loss.detach()
+
+    def _evaluate(self, run: Run) -> dict[str, float]:
+        """Every sample once, whatever the world size."""
+        if self.eval_loader is None:
+            return {}
+        mean_loss = Mean()
+        for metric in self.metrics.values():
+            metric.reset()
+        with run.evaluation() as model:
+            sizes = self.eval_loader.batch_sampler.batch_sizes()
+            for size, batch in zip(sizes, run.batches(self.eval_loader), strict=False):
+                loss, outputs = _split_outputs(self.loss(model, batch))
+                mean_loss.update(loss, size)
+                self._update_metrics(outputs)
+        values = {name: metric.compute(run.world) for name, metric in self.metrics.items()}
+        return {**values, "val_loss": mean_loss.compute(run.world)}
+
+    def _update_metrics(self, outputs: tuple[Any, ...]) -> None:
+        if self.metrics and len(outputs) != 2:
+            raise ConfigError(
+                f"The metrics {sorted(self.metrics)} need predictions: let the loss function return "
+                f"(loss, prediction, target) instead of the loss alone."
+            )
+        for metric in self.metrics.values():
+            metric.update(*outputs)
+
+    def _run(self) -> Run:
+        config = self.config
+        return Run(
+            config.run_dir,
+            accelerator=self.accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            loader=self.train_loader,
+            policy=config.checkpoint,
+            resume=config.resume,
+            options=RunOptions(
+                early_stopping=config.early_stopping,
+                max_steps=config.max_steps,
+                log_every_steps=config.log_every_steps,
+                config=asdict(config),
+            ),
+        )
+
+    def _start_tracker(self, run: Run) -> None:
+        """One tracker run over all attempts: what was recorded after the checkpoint is cut off."""
+        if self.config.log_with is None:
+            return
+        purge = {"tensorboard": {"purge_step": run.global_step + 1}} if run.resumed_from else {}
+        self.accelerator.init_trackers(os.path.basename(os.path.normpath(self.config.run_dir)), init_kwargs=purge)
+
+    def _global_batch_size(self) -> int:
+        """Fixed at the first start, so that another world size trains the same windows. Collective."""
+        steps, micro = self.config.gradient_accumulation_steps or 1, self.config.micro_batch_size or 1
+        asked = {"gradient_accumulation_steps": steps, "micro_batch_size": micro}
+        recorded = current_world().broadcast(_recorded_batch_size(self.config.run_dir, asked), "the global batch size")
+        return int(recorded or steps * micro * self.accelerator.num_processes)
+
+
+def _recorded_batch_size(run_dir: str, asked: dict[str, int]) -> int | None:
+    """The global batch of the newest checkpoint, unless the user asks for other accumulation now."""
+    usable = committed(list_checkpoints(Store(run_dir)))
+    config = usable[-1][1].settings["config"] if usable else {}
+    same = all(config.get("user", {}).get(name) == value for name, value in asked.items())
+    return config["data"]["global_batch_size"] if usable and same else None
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch, for the model's initialisation; the same on all ranks."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _split_outputs(outputs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    if isinstance(outputs, tuple):
+        return outputs[0], outputs[1:]
+    if not isinstance(outputs, torch.Tensor):
+        raise ConfigError(
+            f"The loss function returned a {type(outputs).__name__}; it must return the mean loss as a tensor, or "
+            f"(loss, prediction, target)."
+        )
+    return outputs, ()
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

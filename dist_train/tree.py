@@ -1,0 +1,141 @@
+"""Nested Python values <-> JSON and named tensors, without pickle.
+
+Invariant: `decode(encode(value)) == value` for everything that `encode` accepts; what it does not accept is refused
+with the name of the object and the place inside it. It knows nothing of models, files or ranks.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_train.errors import UnsaveableStateError
+
+Json = Any
+_TAG = "$"
+
+
+def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
+    """JSON of a nested value; tensors are put, uncopied, into `tensors` under the place where they were found.
+
+    Args:
+        value: None, bool, int, float, str, bytes, tensor, numpy array or scalar, dtype, device, and dict, list, tuple
+        or set of these.
+        place: name of the value, for instance `user/ema`; used for tensors and in errors.
+
+    Raises:
+        UnsaveableStateError: names the place and the type that cannot be saved.
+    """
+    if value is None or isinstance(value, (bool, str)) or type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
+    if isinstance(value, torch.Tensor):
+        tensors[place] = value.detach()
+        return {_TAG: "tensor", "name": place, "device": value.device.type}
+    if isinstance(value, Mapping):
+        return _encode_mapping(value, place, tensors)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return _encode_sequence(value, place, tensors)
+    return _encode_other(value, place, tensors)
+
+
+def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, torch.Tensor]) -> Json:
+    if all(type(key) is str for key in value) and _TAG not in value:
+        return {key: encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()}
+    keys = [encode(key, f"{place} (a key)", tensors) for key in value]
+    values = [encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()]
+    return {_TAG: "dict", "items": [list(pair) for pair in zip(keys, values, strict=True)]}
+
+
+def _encode_sequence(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
+    unordered = isinstance(value, (set, frozenset))
+    members = sorted(value, key=repr) if unordered else value
+    items = [encode(inner, f"{place}/{index}", tensors) for index, inner in enumerate(members)]
+    if type(value) is list:
+        return items
+    return {_TAG: "set" if unordered else "tuple", "items": items}
+
+
+def _encode_other(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
+    if isinstance(value, (bytes, bytearray)):
+        return {_TAG: "bytes", "value": base64.b64encode(value).decode()}
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        tensors[place] = torch.from_numpy(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        return {_TAG: "ndarray", "name": place, "dtype": value.dtype.str, "shape": list(value.shape)}
+    if isinstance(value, np.generic):
+        return {_TAG: "scalar", "dtype": value.dtype.str, "value": base64.b64encode(value.tobytes()).decode()}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return {_TAG: type(value).__name__, "value": str(value).removeprefix("torch.")}
+    if isinstance(value, (int, float)):  # subclasses, for instance an IntEnum: their value is what matters
+        return encode(int(value) if isinstance(value, int) else float(value), place, tensors)
+    raise UnsaveableStateError(
+        f"{place} holds a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved: a checkpoint "
+        f"holds tensors and plain values (numbers, strings, bytes, arrays; dict, list, tuple, set of these), never "
+        f"pickles. Leave it out of that object's state_dict(), or put plain values in its place."
+    )
+
+
+def decode(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
+    """The value that `encode` was given; `load(name, device_type)` returns a tensor."""
+    if isinstance(json, list):
+        return [decode(item, load) for item in json]
+    if not isinstance(json, dict):
+        return json
+    if _TAG not in json:
+        return {key: decode(value, load) for key, value in json.items()}
+    return _DECODERS[json[_TAG]](json, load)
+
+
+def _decode_array(json: Json, load: Callable[[str, str], torch.Tensor]) -> np.ndarray:
+    data = load(json["name"], "cpu").numpy().tobytes()
+    return np.frombuffer(data, dtype=np.dtype(json["dtype"])).reshape(json["shape"]).copy()
+
+
+_DECODERS: dict[str, Callable[[Json, Callable[[str, str], torch.Tensor]], Any]] = {
+    "float": lambda json, load: float(json["value"]),
+    "tensor": lambda json, load: load(json["name"], json["device"]),
+    "ndarray": _decode_array,
+    "dict": lambda json, load: {_key(key, load): decode(value, load) for key, value in json["items"]},
+    "tuple": lambda json, load: tuple(decode(item, load) for item in json["items"]),
+    "set": lambda json, load: {decode(item, load) for item in json["items"]},
+    "bytes": lambda json, load: base64.b64decode(json["value"]),
+    "scalar": lambda json, load: np.frombuffer(base64.b64decode(json["value"]), dtype=np.dtype(json["dtype"]))[0],
+    "dtype": lambda json, load: getattr(torch, json["value"]),
+    "device": lambda json, load: torch.device(json["value"]),
+}
+
+
+def _key(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
+    return decode(json, load)
+
+
+def merge_settings(current: Json, then: Json, today: Json, place: str, changes: dict[str, tuple[Json, Json]]) -> Json:
+    """What the user writes now takes effect; what the run had decayed is restored.
+
+    Args:
+        current: the values in the checkpoint.
+        then: the same values when that run's objects were constructed.
+        today: the same values in the objects that were constructed now.
+        changes: receives `place -> (then, today)` for every setting that the user changed.
+
+    Returns:
+        `current` where `then` equals `today`; `today` where they differ.
+    """
+    if isinstance(current, dict) and isinstance(today, dict):
+        before = then if isinstance(then, dict) else {}
+        merged = {
+            key: merge_settings(current[key], before.get(key, today[key]), today[key], f"{place}.{key}", changes)
+            for key in today
+            if key in current
+        }
+        return {**current, **{key: today[key] for key in today if key not in current}, **merged}
+    if then == today:
+        return current
+    changes[place] = (then, today)
+    return today
