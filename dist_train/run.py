@@ -135,6 +135,11 @@ class Run:
         return self._progress.now.epoch
 
     @property
+    def attempt(self) -> int:
+        """Number of this life of the run, from 1."""
+        return self._checkpointer.attempt
+
+    @property
     def epochs_completed(self) -> int:
         """Passes finished."""
         return self._progress.now.epochs_completed

@@ -138,6 +138,8 @@ class Trainer:
         self.metrics = dict(metrics or {})
         if self.metrics and eval_data is None:
             raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
+        if "val_loss" in self.metrics:
+            raise ConfigError("The name 'val_loss' is taken: it is always measured. Give that metric another name.")
         if config.deterministic:
             _be_deterministic()
         init_distributed()

@@ -36,8 +36,7 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
     if type(value) is float:
         return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
     if isinstance(value, torch.Tensor):
-        tensors[place] = value.detach()
-        return {_TAG: "tensor", "name": place, "device": value.device.type}
+        return {_TAG: "tensor", "name": _keep(value.detach(), place, tensors), "device": value.device.type}
     if isinstance(value, Mapping):
         return _encode_mapping(value, place, tensors)
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -54,21 +53,22 @@ def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, tor
 
 
 def _encode_sequence(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
-    unordered = isinstance(value, (set, frozenset))
-    members = sorted(value, key=repr) if unordered else value
+    members = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
     items = [encode(inner, f"{place}/{index}", tensors) for index, inner in enumerate(members)]
-    if type(value) is list:
+    if isinstance(value, list):
         return items
-    return {_TAG: "set" if unordered else "tuple", "items": items}
+    kind = next(kind for kind in (tuple, set, frozenset) if isinstance(value, kind))
+    return {_TAG: kind.__name__, "items": items}
 
 
 def _encode_other(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
     if isinstance(value, (bytes, bytearray)):
         return {_TAG: "bytes", "value": base64.b64encode(value).decode()}
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        tensors[place] = torch.from_numpy(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-        return {_TAG: "ndarray", "name": place, "dtype": value.dtype.str, "shape": list(value.shape)}
-    if isinstance(value, np.generic):
+    if isinstance(value, np.ndarray) and _is_plain(value):
+        data = np.require(value, requirements=["C", "W"]).reshape(-1).view(np.uint8)
+        name = _keep(torch.from_numpy(data), place, tensors)
+        return {_TAG: "ndarray", "name": name, "dtype": value.dtype.str, "shape": list(value.shape)}
+    if isinstance(value, np.generic) and _is_plain(value):
         return {_TAG: "scalar", "dtype": value.dtype.str, "value": base64.b64encode(value.tobytes()).decode()}
     if isinstance(value, (torch.dtype, torch.device)):
         return {_TAG: type(value).__name__, "value": str(value).removeprefix("torch.")}
@@ -79,6 +79,20 @@ def _encode_other(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> J
         f"holds tensors and plain values (numbers, strings, bytes, arrays; dict, list, tuple, set of these), never "
         f"pickles. Leave it out of that object's state_dict(), or put plain values in its place."
     )
+
+
+def _keep(tensor: torch.Tensor, place: str, tensors: dict[str, torch.Tensor]) -> str:
+    """The name under which a tensor is put: its place, numbered where another place reads alike (`a/b` and `a` / `b`)."""
+    name, copy = place, 1
+    while name in tensors:
+        name, copy = f"{place}~{copy}", copy + 1
+    tensors[name] = tensor
+    return name
+
+
+def _is_plain(value: np.ndarray | np.generic) -> bool:
+    """Whether the bytes, with `dtype.str`, are all there is to it (no objects, records or masks)."""
+    return value.dtype.kind not in "OV" and not isinstance(value, np.ma.MaskedArray)
 
 
 def decode(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
@@ -104,6 +118,7 @@ _DECODERS: dict[str, Callable[[Json, Callable[[str, str], torch.Tensor]], Any]] 
     "dict": lambda json, load: {_key(key, load): decode(value, load) for key, value in json["items"]},
     "tuple": lambda json, load: tuple(decode(item, load) for item in json["items"]),
     "set": lambda json, load: {decode(item, load) for item in json["items"]},
+    "frozenset": lambda json, load: frozenset(decode(item, load) for item in json["items"]),
     "bytes": lambda json, load: base64.b64decode(json["value"]),
     "scalar": lambda json, load: np.frombuffer(base64.b64decode(json["value"]), dtype=np.dtype(json["dtype"]))[0],
     "dtype": lambda json, load: getattr(torch, json["value"]),
@@ -127,7 +142,7 @@ def merge_settings(current: Json, then: Json, today: Json, place: str, changes: 
     Returns:
         `current` where `then` equals `today`; `today` where they differ.
     """
-    if isinstance(current, dict) and isinstance(today, dict):
+    if isinstance(current, dict) and isinstance(today, dict) and current.get(_TAG) == today.get(_TAG):
         before = then if isinstance(then, dict) else {}
         merged = {
             key: merge_settings(current[key], before.get(key, today[key]), today[key], f"{place}.{key}", changes)
@@ -135,7 +150,17 @@ def merge_settings(current: Json, then: Json, today: Json, place: str, changes: 
             if key in current
         }
         return {**current, **{key: today[key] for key in today if key not in current}, **merged}
+    if _are_objects(current) and _are_objects(today) and len(current) == len(today):
+        before = then if _are_objects(then) and len(then) == len(today) else today
+        return [
+            merge_settings(*values, f"{place}.{index}", changes)
+            for index, values in enumerate(zip(current, before, today, strict=True))
+        ]
     if then == today:
         return current
     changes[place] = (then, today)
     return today
+
+
+def _are_objects(value: Json) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)

@@ -281,6 +281,9 @@ def init_distributed(timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
 def _destroy_process_group() -> None:
     """A group that outlives the interpreter aborts the process."""
     if dist.is_initialized():
+        # gloo's threads drop the tensors of the last collective with the GIL, under a lock that destroying needs: let
+        # them have it first, or both wait for ever.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

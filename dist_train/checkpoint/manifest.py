@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -149,7 +150,7 @@ class Manifest:
     def to_json(self) -> str:
         """Canonical JSON with the format version and the digest of everything else."""
         body = {"format": FORMAT_VERSION, **asdict(self)}
-        return json.dumps({**body, "digest": digest_of(body)}, sort_keys=True, separators=(",", ":"))
+        return canonical_json({**body, "digest": digest_of(body)})
 
     @property
     def digest(self) -> str:
@@ -166,8 +167,10 @@ class Manifest:
         try:
             body = json.loads(text)
             version = body.pop("format", None)
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(f"{path}: the manifest is not JSON ({error}).", path) from error
+        if type(version) is not int or version < 1:
+            raise CorruptCheckpointError(f"{path}: the manifest's format is {version!r}, expected a number.", path)
         if version != FORMAT_VERSION:
             raise FormatVersionError(
                 f"{path}: format {version!r}, this version of dist_train reads {FORMAT_VERSION}. "
@@ -182,9 +185,30 @@ class Manifest:
 
 
 def digest_of(body: Json) -> str:
-    """Digest of a JSON value in canonical form (sha256 over sorted keys, first 128 bits)."""
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    """Digest of a JSON value in canonical form (the first 128 bits of sha256)."""
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()[:32]
+
+
+def canonical_json(body: Json) -> str:
+    """Sorted keys, no spaces, ASCII only. NaN and infinities, which JSON lacks, are tagged as in `tree`."""
+    try:
+        return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # a diverged run has such losses and metrics; a bare NaN would be no JSON for other languages
+        return json.dumps(_tag_non_finite(body), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _tag_non_finite(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {key: _tag_non_finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tag_non_finite(inner) for inner in value]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite else {"$": "float", "value": repr(value)}
+
+
+def _number(value: Json) -> Json:
+    """A number that may have been tagged."""
+    return float(value["value"]) if isinstance(value, dict) else value
 
 
 def _build(body: dict[str, Json], path: str) -> Manifest:
@@ -196,8 +220,10 @@ def _build(body: dict[str, Json], path: str) -> Manifest:
                 "progress": Progress(**body["progress"]),
                 "files": {name: FileEntry(**entry) for name, entry in body["files"].items()},
                 "tensors": {name: TensorEntry(**entry) for name, entry in body["tensors"].items()},
-                "best": Best(**best) if best else None,
+                "metrics": {name: _number(value) for name, value in body["metrics"].items()},
+                "train_loss": _number(body["train_loss"]),
+                "best": Best(**{**best, "value": _number(best["value"])}) if best else None,
             }
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptCheckpointError(f"{path}: the manifest lacks or has an unknown field: {error}.", path) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ def lay_out(group: str, parts: Sequence[Part]) -> FileLayout:
     return FileLayout(group=group, header=header, parts=placed, num_bytes=len(header) + position)
 
 
-def read_layout(data: Any, path: str, full_name: Mapping[str, str] | None = None) -> list[tuple[str, Part]]:
+def read_layout(data: Any, path: str) -> list[tuple[str, Part]]:
     """(key in the file, part) of every tensor in a file's bytes; names of whole tensors are the keys.
 
     Raises:
@@ -101,26 +101,30 @@ def read_layout(data: Any, path: str, full_name: Mapping[str, str] | None = None
         length = int.from_bytes(bytes(data[:8]), "little")
         entries = json.loads(bytes(data[8 : 8 + length]))
         described = json.loads(entries.pop("__metadata__", {}).get(PARTS_KEY, "{}"))
-        parts = [_read_part(key, entry, described.get(key), 8 + length) for key, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [_read_part(key, entry, described.get(key), 8 + length, len(data)) for key, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path}: the safetensors header cannot be read ({error}).", path) from error
-    for key, part in parts:
-        if part.start + part.num_bytes > len(data):
-            raise CorruptCheckpointError(f"{path}: {key} lies outside of the file.", path)
-    return parts
 
 
-def _read_part(key: str, entry: dict[str, Any], described: dict[str, Any] | None, base: int) -> tuple[str, Part]:
+def _read_part(
+    key: str, entry: dict[str, Any], described: dict[str, Any] | None, base: int, file_bytes: int
+) -> tuple[str, Part]:
     sizes = tuple(entry["shape"])
-    return key, Part(
+    start, stop = entry["data_offsets"]
+    part = Part(
         name=described["name"] if described else key,
         key=key,
         dtype=entry["dtype"],
         sizes=sizes,
         offsets=tuple(described["offsets"]) if described else (0,) * len(sizes),
         whole=described is None,
-        start=base + entry["data_offsets"][0],
+        start=base + start,
     )
+    if not all(type(size) is int and size >= 0 for size in sizes) or part.num_bytes != stop - start:
+        raise ValueError(f"{key} is {part.dtype} {list(sizes)} in {stop - start} bytes")
+    if start < 0 or base + stop > file_bytes:
+        raise ValueError(f"{key} lies outside of the file")
+    return key, part
 
 
 def _describe_parts(parts: Sequence[Part]) -> dict[str, str]:

@@ -1,0 +1,270 @@
+"""What a run directory and its checkpoints hold, as plain JSON values: the facts behind the command line.
+
+Invariant: reads only, and of the data files at most the headers; needs neither torch nor the model. How facts are shown
+to people is the command line's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from dist_train.checkpoint.catalog import Found, committed, read_checkpoint
+from dist_train.checkpoint.manifest import (
+    ABANDONED,
+    CHECKPOINTS,
+    CORRUPT_PREFIX,
+    EVENTS_LOG,
+    RUN_FILE,
+    SAVING_PREFIX,
+    STATUS_FILE,
+    TRASH_PREFIX,
+    Manifest,
+    TensorEntry,
+    parse_step_name,
+)
+from dist_train.checkpoint.ownership import newest_attempt, read_owner
+from dist_train.checkpoint.selection import best_path, find_checkpoints, newest_path
+from dist_train.checkpoint.store import Store
+from dist_train.errors import CheckpointError
+
+Json = Any
+_BLOCK = 4096
+_MAX_HEADER_BYTES = 100_000_000
+_SHARD = re.compile(r"(?P<group>\w+)-(?P<rank>\d{5,})-of-\d{5,}\.safetensors\Z")
+_ASIDE = re.compile(rf"{re.escape(CORRUPT_PREFIX)}a(?P<attempt>\d+)-(?P<name>.+)\Z")
+
+
+# One line of the list
+
+
+def list_rows(store: Store) -> list[dict[str, Json]]:
+    """Every checkpoint of the run, oldest first, those that cannot be used with their `problem`."""
+    found = find_checkpoints(store)
+    latest, best = newest_path(found), best_path(found)
+    rows = [{**_row(store, one), "latest": one.path == latest, "best": one.path == best} for one in found]
+    aside = [name for name in store.list(CHECKPOINTS) if name.startswith(CORRUPT_PREFIX)]
+    reasons = _reasons(store, aside)
+    for name in aside:
+        one = read_checkpoint(store, f"{CHECKPOINTS}/{name}")
+        rows.append({**_row(store, one), "latest": False, "best": False, "problem": reasons[name]})
+    return sorted(rows, key=lambda row: -1 if row["sequence"] is None else row["sequence"])
+
+
+def _row(store: Store, one: Found) -> dict[str, Json]:
+    manifest = one.manifest
+    name = os.path.basename(one.path)
+    aside = _ASIDE.match(name)
+    row = {
+        "step": parse_step_name(aside["name"] if aside else name),
+        "epochs_completed": manifest.progress.epochs_completed if manifest else None,
+        "sequence": manifest.sequence if manifest else None,
+        "bytes": manifest.num_bytes if manifest else store.tree_bytes(one.path),
+        "metrics": dict(manifest.metrics) if manifest else {},
+        "monitor": manifest.best.monitor if manifest and manifest.best else None,
+        "train_loss": manifest.train_loss if manifest else None,
+        "committed_at": manifest.committed_at if manifest else None,
+        "path": str(store.path(one.path)),
+    }
+    return row if one.problem is None else {**row, "problem": _without_path(one.problem)}
+
+
+def _without_path(problem: CheckpointError) -> str:
+    return str(problem).removeprefix(f"{problem.path}: ")
+
+
+def _reasons(store: Store, aside: list[str]) -> dict[str, str]:
+    """Why folders were set aside, as run.jsonl tells it."""
+    reasons = {name: f"set aside by attempt {_attempt_of(name)}, which could not use it" for name in aside}
+    lines = store.read(EVENTS_LOG).splitlines() if aside and store.exists(EVENTS_LOG) else []
+    for line in lines:
+        if b'"skipped_checkpoint"' not in line:
+            continue
+        problem = str(_parse(line).get("problem", ""))
+        before, separator, kept = problem.partition(" It is kept as ")
+        name = kept.rstrip(".").rpartition("/")[2]
+        if separator and name in reasons:
+            why = before.partition(" cannot be used: ")[2] or before
+            reasons[name] = f"set aside by attempt {_attempt_of(name)}: {why.rstrip('.')}"
+    return reasons
+
+
+def _attempt_of(name: str) -> str:
+    match = _ASIDE.match(name)
+    return str(int(match["attempt"])) if match else "?"
+
+
+def find_leftovers(store: Store) -> dict[str, dict[str, int]]:
+    """Folders that are no checkpoints of the run any more or not yet: how many and how large."""
+    kinds = {SAVING_PREFIX: "saving", TRASH_PREFIX: "trash"}
+    places: dict[str, list[str]] = {kind: [] for kind in ("saving", "trash", "abandoned")}
+    for name in store.list(CHECKPOINTS):
+        for prefix, kind in kinds.items():
+            if name.startswith(prefix):
+                places[kind].append(f"{CHECKPOINTS}/{name}")
+    places["abandoned"] = find_abandoned(store)
+    return {
+        kind: {"count": len(paths), "bytes": sum(map(store.tree_bytes, paths))}
+        for kind, paths in places.items()
+        if paths
+    }
+
+
+def find_abandoned(store: Store) -> list[str]:
+    """Checkpoints that a branch has left behind."""
+    folders = [f"{ABANDONED}/{name}" for name in store.list(ABANDONED)]
+    return [
+        f"{folder}/{name}" for folder in folders for name in store.list(folder) if parse_step_name(name) is not None
+    ]
+
+
+# All about a run and one checkpoint
+
+
+def describe_run(store: Store) -> dict[str, Json]:
+    """Who it is, how it stands, what it holds."""
+    found = find_checkpoints(store)
+    identity = _read_json(store, RUN_FILE)
+    owner = read_owner(store)
+    newest, best = newest_path(found), best_path(found)
+    return {
+        "run_dir": str(store.root),
+        "run_id": identity.get("run_id"),
+        "created": identity.get("created"),
+        "status": _read_json(store, STATUS_FILE) or None,
+        "owner": None if owner is None else {"hostname": owner.hostname, "pid": owner.pid, "released": owner.released},
+        "attempts": newest_attempt(store),
+        "checkpoints": len(committed(found)),
+        "unusable": len(found) - len(committed(found)),
+        "newest": str(store.path(newest)) if newest else None,
+        "best": str(store.path(best)) if best else None,
+        "leftovers": find_leftovers(store),
+    }
+
+
+def describe_checkpoint(store: Store, path: str, manifest: Manifest) -> dict[str, Json]:
+    """Everything a manifest says but the state itself, and what follows from it."""
+    config = manifest.settings.get("config", {})
+    best = manifest.best
+    return {
+        "path": str(store.path(path)),
+        "run_id": manifest.run_id,
+        "sequence": manifest.sequence,
+        "attempt": manifest.attempt,
+        "digest": manifest.digest,
+        "parent": manifest.parent,
+        "committed_at": manifest.committed_at,
+        "reason": manifest.reason,
+        "progress": {name: getattr(manifest.progress, name) for name in manifest.progress.__slots__},
+        "train_loss": manifest.train_loss,
+        "metrics": dict(manifest.metrics),
+        "best": None if best is None else {name: getattr(best, name) for name in best.__slots__},
+        "learning_rates": _learning_rates(manifest),
+        "policy": config.get("policy"),
+        "data": config.get("data"),
+        "config": config.get("user"),
+        "world_size": manifest.world_size,
+        "environment": manifest.environment,
+        "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
+        "groups": _groups(manifest),
+        "aliases": manifest.aliases,
+        "bytes": manifest.num_bytes,
+        "image_bytes_by_rank": _image_bytes(manifest),
+    }
+
+
+def _learning_rates(manifest: Manifest) -> list[dict[str, Json]]:
+    """Of every parameter group, at construction and in the checkpoint; None where it is held in a tensor."""
+    rates = []
+    for place, state in manifest.state.items():
+        if place.partition("/")[0] != "optimizer":
+            continue
+        then = manifest.settings.get(place, [])
+        for index, group in enumerate(state["groups"]):
+            first = then[index].get("lr") if index < len(then) else None
+            rate = group["settings"].get("lr")
+            rates.append({"optimizer": place, "group": index, "at_construction": _plain(first), "now": _plain(rate)})
+    return rates
+
+
+def _plain(value: Json) -> Json:
+    return value if isinstance(value, (int, float)) else None
+
+
+def _groups(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Files, tensors, elements and data bytes of the model, the optimizer and the rest."""
+    groups = {group: Counter[str]() for group in ("model", "optimizer", "state")}
+    for name in manifest.files:
+        match = _SHARD.match(name)
+        if match and match["group"] in groups:
+            groups[match["group"]].update(files=1, file_bytes=manifest.files[name].size)
+    for name, entry in manifest.tensors.items():
+        head = name.partition("/")[0]
+        numel = _numel(entry)
+        counts = groups[head if head in ("model", "optimizer") else "state"]
+        counts.update(tensors=1, elements=numel, bytes=numel * itemsize(entry.dtype))
+    keys = ("files", "file_bytes", "tensors", "elements", "bytes")
+    return {group: {key: counts[key] for key in keys} for group, counts in groups.items()}
+
+
+def _image_bytes(manifest: Manifest) -> list[int]:
+    """Host memory that one save occupies on each rank: its files, each from a page boundary on."""
+    sizes = [0] * manifest.world_size
+    for name, entry in manifest.files.items():
+        match = _SHARD.match(name)
+        if match and int(match["rank"]) <= len(sizes):
+            sizes[int(match["rank"]) - 1] += -(-entry.size // _BLOCK) * _BLOCK
+    return [max(size, _BLOCK) for size in sizes]
+
+
+def _numel(entry: TensorEntry) -> int:
+    product = 1
+    for size in entry.shape:
+        product *= size
+    return product
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element, from safetensors' name of its type: BF16, F8_E4M3, BOOL."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) // 8 if bits else 1
+
+
+# Inside a data file
+
+
+def tensors_between(store: Store, path: str, name: str, start: int, stop: int) -> list[str] | None:
+    """Names of the tensors with bytes in [start, stop) of a data file; None where its header cannot be read."""
+    group = name.partition("-")[0]
+    try:
+        with open(store.path(f"{path}/{name}"), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                return None
+            header = json.loads(file.read(length))
+        parts = json.loads(header.pop("__metadata__", {}).get("dist_train.parts", "{}"))
+        touched = []
+        for key, entry in header.items():
+            first, last = (8 + length + offset for offset in entry["data_offsets"])
+            if first < stop and start < last:
+                full = key if group == "state" else f"{group}/{key}"
+                touched.append(parts[key]["name"] if key in parts else full)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return touched
+
+
+def _read_json(store: Store, path: str) -> dict[str, Json]:
+    return _parse(store.read(path)) if store.exists(path) else {}
+
+
+def _parse(text: bytes) -> dict[str, Json]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else {}
