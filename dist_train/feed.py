@@ -37,6 +37,11 @@ class BatchFeed:
         self._rank = rank
         self._consumed = True
 
+    @property
+    def knows_epoch_end(self) -> bool:
+        """Whether the batch that was given out last came from a training loader of ours."""
+        return self.micro is not _LONE_UPDATE
+
     def training_batches(self, loader: Any, layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
         """The rest of the epoch from the loader's position. The loader's iterator is made at once."""
         if self._accelerator is not None:

@@ -307,10 +307,17 @@ class Run:
         """0-based epoch indices from where the run stands to `count`; ends early on a stop."""
         self._begin(count)
         while self._progress.now.epochs_completed < count and not self.should_stop:
-            self.epoch_is_complete = self._progress.now.evaluation == "pending"
+            # Without a training loader of ours nobody but the loop knows when an epoch is over: at the body's end.
+            self.epoch_is_complete = not self._expects_loader
             self._restore_rng(for_good=self._progress.now.samples_into_epoch == 0)
+            before = self._progress.now
             yield self.epoch
             self.end_epoch()
+            if self._progress.now == before and not self.should_stop:
+                raise ConfigError(
+                    f"Epoch {self.epoch + 1} trained nothing: iterate `run.batches(loader)` over the training loader "
+                    f"that the Run was given, and call run.step() once a batch."
+                )
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Batches on the device: of a training loader from the exact next sample; ends early on a stop."""
@@ -337,7 +344,8 @@ class Run:
             return
         skipped = self.accelerator is not None and self.accelerator.optimizer_step_was_skipped
         self._progress.count_update(micro, skipped=skipped)
-        self.epoch_is_complete = micro.ends_epoch
+        if self._feed.knows_epoch_end:
+            self.epoch_is_complete = micro.ends_epoch
         if self.global_step % self._options.log_every_steps == 0:
             self._log_step()
         self._boundary(ends_epoch=micro.ends_epoch)
@@ -379,6 +387,10 @@ class Run:
             self._report(self._checkpointer.poll())
 
     # Inside the loop
+
+    @property
+    def _expects_loader(self) -> bool:
+        return isinstance(getattr(self._loader, "batch_sampler", None), ResumableSampler)
 
     _stop_wish: StopReason | None = None
     _begun = False

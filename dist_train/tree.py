@@ -82,7 +82,9 @@ def _encode_other(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> J
 
 
 def _keep(tensor: torch.Tensor, place: str, tensors: dict[str, torch.Tensor]) -> str:
-    """The name under which a tensor is put: its place, numbered where another place reads alike (`a/b` and `a` / `b`)."""
+    """The name under which a tensor is put: its place, numbered where another place reads alike (`a/b` and `a` /
+    `b`).
+    """
     name, copy = place, 1
     while name in tensors:
         name, copy = f"{place}~{copy}", copy + 1

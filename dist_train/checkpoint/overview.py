@@ -70,10 +70,11 @@ def _row(store: Store, one: Found) -> dict[str, Json]:
         "committed_at": manifest.committed_at if manifest else None,
         "path": str(store.path(one.path)),
     }
-    return row if one.problem is None else {**row, "problem": _without_path(one.problem)}
+    return row if one.problem is None else {**row, "problem": problem_text(one.problem)}
 
 
-def _without_path(problem: CheckpointError) -> str:
+def problem_text(problem: CheckpointError) -> str:
+    """What is wrong, without the path that the message begins with."""
     return str(problem).removeprefix(f"{problem.path}: ")
 
 
@@ -88,8 +89,9 @@ def _reasons(store: Store, aside: list[str]) -> dict[str, str]:
         before, separator, kept = problem.partition(" It is kept as ")
         name = kept.rstrip(".").rpartition("/")[2]
         if separator and name in reasons:
-            why = before.partition(" cannot be used: ")[2] or before
-            reasons[name] = f"set aside by attempt {_attempt_of(name)}: {why.rstrip('.')}"
+            path, _, why = before.partition(" cannot be used: ")
+            why = why.removeprefix(f"{path}: ").rstrip(".")
+            reasons[name] = f"set aside by attempt {_attempt_of(name)}: {why or before}"
     return reasons
 
 
@@ -237,11 +239,11 @@ def itemsize(dtype: str) -> int:
 # Inside a data file
 
 
-def tensors_between(store: Store, path: str, name: str, start: int, stop: int) -> list[str] | None:
-    """Names of the tensors with bytes in [start, stop) of a data file; None where its header cannot be read."""
+def tensors_between(store: Store, found: Found, name: str, start: int, stop: int) -> list[str] | None:
+    """Names of the tensors with bytes in [start, stop) of a data file; None where its header is not to be trusted."""
     group = name.partition("-")[0]
     try:
-        with open(store.path(f"{path}/{name}"), "rb") as file:
+        with open(store.path(f"{found.path}/{name}"), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 return None
@@ -255,7 +257,8 @@ def tensors_between(store: Store, path: str, name: str, start: int, stop: int) -
                 touched.append(parts[key]["name"] if key in parts else full)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return touched
+    known = found.manifest.tensors if found.manifest else {}
+    return touched if all(one in known for one in touched) else None
 
 
 def _read_json(store: Store, path: str) -> dict[str, Json]:

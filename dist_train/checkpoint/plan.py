@@ -60,10 +60,11 @@ def signature_of(capture: Capture) -> Signature:
 
 def make_plan(capture: Capture, rank: int, world_size: int) -> Plan:
     """Raises UnsaveableStateError, naming the tensor."""
+    for name, tensor in [*capture.tensors.items(), *capture.per_rank.items()]:
+        _require_plain_kind(name, tensor)
     owners = _assign_plain(capture, world_size)
     parts: list[Part] = []
     for index, (name, tensor) in enumerate(capture.tensors.items()):
-        _require_plain_kind(name, tensor)
         if isinstance(tensor, DTensor):
             parts += _shard_parts(name, tensor, index)
         elif owners[name] == rank:

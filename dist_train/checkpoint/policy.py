@@ -13,7 +13,7 @@ _UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 def parse_seconds(duration: str | float) -> float:
     """Seconds of `"10min"`, `"11h30m"`, `"90s"` or a number of seconds."""
-    if isinstance(duration, (int, float)) and not isinstance(duration, bool):
+    if isinstance(duration, (int, float)) and not isinstance(duration, bool) and duration == duration:
         return float(duration)
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(sec|min|[smhd])", str(duration))
     if not parts or "".join(n + u for n, u in parts) != re.sub(r"\s", "", str(duration)):
@@ -47,7 +47,9 @@ class CheckpointPolicy:
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_epochs", "keep_last", "max_failed_saves"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            optional = name in ("every_steps", "every_epochs")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and not (optional and value is None):
                 raise ConfigError(f"CheckpointPolicy.{name} is {value!r}; it must be a whole number of at least 1.")
         if not isinstance(self.keep_best, int) or self.keep_best < 0:
             raise ConfigError(f"CheckpointPolicy.keep_best is {self.keep_best!r}; it must be 0 or more.")

@@ -32,8 +32,13 @@ class CheckpointReader:
         self._parts: dict[str, list[tuple[mmap.mmap, Part]]] = {}
         for name in sorted(manifest.files):
             if name.endswith(".safetensors"):
-                self._index(store.map(f"{path}/{name}"), name)
+                self._index(self._map(store, f"{path}/{name}"), name)
         self._require_coverage()
+
+    def _map(self, store: Store, path: str) -> mmap.mmap:
+        if store.size(path) == 0:  # cannot be mapped, and no safetensors file is empty
+            raise CorruptCheckpointError(f"{store.path(path)} is empty.", self._path)
+        return store.map(path)
 
     def _index(self, data: mmap.mmap, name: str) -> None:
         self._maps.append(data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import mmap
 import os
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from dist_train.errors import StorageError
 
+logger = logging.getLogger(__name__)
 CHUNK_BYTES = 8 << 20
 DIRECT_ALIGNMENT = 4096
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -30,6 +32,7 @@ class Operation:
     kind: str
     """create, open, write, truncate, fsync, fsync_dir, rename, mkdir, unlink, rmdir, symlink."""
     path: str
+    """Relative to the root; absolute for the root and the directories above it."""
     target: str = ""
 
 
@@ -48,7 +51,7 @@ class Store:
     def __init__(self, root: str | Path, *, observer: Observer | None = None, direct: bool = True) -> None:
         self.root = Path(root)
         self.observer = observer
-        self.direct = direct and hasattr(os, "O_DIRECT")
+        self.direct = direct
 
     def _before(self, kind: str, path: str, target: str = "") -> str:
         if self.observer is not None:
@@ -108,17 +111,19 @@ class Store:
     # Writing
 
     def make_directory(self, path: str, *, exist_ok: bool = True) -> None:
-        """Makes a directory and its missing parents, each made durable in its parent."""
-        if exist_ok and self.is_directory(path):
-            return
-        parent = _parent(path)
-        if path and parent is not None and not self.is_directory(parent):
-            self.make_directory(parent)
-        if not path:
-            self.root.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(*([FileExistsError] if exist_ok else [])):
-            os.mkdir(self._before("mkdir", path))
-        if parent is not None:
+        """Makes a directory and its missing parents, each made durable in its parent.
+
+        One that is there already is made durable too: whoever made it may have been killed in between.
+        """
+        path = path or os.path.abspath(self.root)  # the root's own name must be durable as well
+        parent = os.path.dirname(path)
+        if not (exist_ok and self.is_directory(path)):
+            if not self.is_directory(parent):
+                self.make_directory(parent)
+            with contextlib.suppress(*([FileExistsError] if exist_ok else [])):
+                os.mkdir(self._before("mkdir", path))
+        # A directory above the root may be closed to us; its names are its owner's business then.
+        with contextlib.suppress(*([PermissionError] if os.path.isabs(path) else [])):
             self.sync_directory(parent)
 
     def create_exclusive(self, path: str) -> None:
@@ -129,7 +134,7 @@ class Store:
             self._sync(descriptor, path)
         finally:
             os.close(descriptor)
-        self.sync_directory(_parent(path) or "")
+        self.sync_directory(os.path.dirname(path))
 
     def write_new(self, path: str, data: bytes) -> None:
         """Writes a new file and fsyncs it; its directory entry is not yet durable."""
@@ -152,10 +157,11 @@ class Store:
                 Path(self._before("create", temporary)).write_bytes(data)
             self.rename(temporary, path)
         except OSError:
-            self.unlink(temporary)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                self.unlink(temporary)
             raise
         if durable:
-            self.sync_directory(_parent(path) or "")
+            self.sync_directory(os.path.dirname(path))
 
     def append(self, path: str, text: str) -> None:
         """Appends to a file (not fsynced, see `sync_file`); a torn last line of a killed process is closed first."""
@@ -169,7 +175,7 @@ class Store:
         finally:
             os.close(descriptor)
         if created:
-            self.sync_directory(_parent(path) or "")
+            self.sync_directory(os.path.dirname(path))
 
     def write_image(self, path: str, image: memoryview, length: int, on_chunk: Callable[[memoryview], None]) -> None:
         """Streams the first `length` bytes of an image into a new file and fsyncs it.
@@ -195,6 +201,8 @@ class Store:
 
     def _open_image(self, full: str) -> int:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        if self.direct and not hasattr(os, "O_DIRECT"):
+            self._give_up_direct("this platform has no O_DIRECT")
         if not self.direct:
             return os.open(full, flags, 0o644)
         try:
@@ -202,10 +210,14 @@ class Store:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-        self.direct = False
+        self._give_up_direct("the file system refuses O_DIRECT")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(full)  # some file systems create the file before they refuse the flag
         return os.open(full, flags, 0o644)
+
+    def _give_up_direct(self, why: str) -> None:
+        self.direct = False
+        logger.warning("Files in %s are written through the page cache: %s.", self.root, why)
 
     def _write_chunk(self, descriptor: int, padded: memoryview, offset: int, length: int) -> None:
         if self.direct:
@@ -215,7 +227,7 @@ class Store:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-            self.direct = False
+            self._give_up_direct("the file system refuses O_DIRECT")
             import fcntl
 
             flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -295,10 +307,6 @@ class Store:
 def is_out_of_space(error: BaseException) -> bool:
     """Whether an error means that a disk or quota is full."""
     return isinstance(error, OSError) and error.errno in NO_SPACE
-
-
-def _parent(path: str) -> str | None:
-    return os.path.dirname(path) if path else None
 
 
 def _round_up(length: int) -> int:

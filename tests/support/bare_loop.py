@@ -2,7 +2,8 @@
 
 It trains the specimen on micro-batches that were written to files beforehand and saves its final state with torch.save.
 With three ranks DDP's buckets are rebuilt before the first step, by the three calls that anybody can make (see
-`docs/design/0003-exact-resume.md`): without them the first step's order of summation is one that no restarted process has.
+`docs/design/0003-exact-resume.md`): without them the first step's order of summation is one that no restarted process
+has.
 
     bare_loop.py --batches DIR --out FILE [--mixed-precision bf16]
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -59,10 +60,8 @@ def run_command(command: Sequence[str], *, deadline_seconds: float, extra: Mappi
 
 
 def end_session(process: subprocess.Popen[str]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def torchrun(world_size: int, *script: str, max_restarts: int = 0) -> list[str]:

@@ -1,7 +1,7 @@
 """The model, data and loops that the kill tests train: everything that makes an exact resume hard, in a few seconds.
 
-BatchNorm and dropout, random augmentation from three generators, shuffling, accumulation 4 at 1, 2 and 3 ranks, a short last
-window, AdamW with a warm-up schedule, clipping. Run as a script under python or torchrun:
+BatchNorm and dropout, random augmentation from three generators, shuffling, accumulation 4 at 1, 2 and 3 ranks, a
+short last window, AdamW with a warm-up schedule, clipping. Run as a script under python or torchrun:
 
     specimen.py --loop trainer|own --run-dir DIR [--mixed-precision bf16] [--workers 2]
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +73,27 @@ def loss_fn(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, t
     return nn.functional.mse_loss(prediction, targets), prediction, targets
 
 
-class record:  # noqa: N801 (a place, not a type)
-    """Which samples each micro-step consumed, one line each, by attempt and rank."""
+@dataclass
+class Recorder:
+    """Writes down which samples each micro-step consumed, one line each, by attempt and rank."""
 
-    indices: list[int] = []
-    folder: Path | None = None
+    indices: list[int] = field(default_factory=list)
 
-    @staticmethod
-    def install(run_class: Any, folder: str) -> None:
+    def install(self, run_class: Any, folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         step = run_class.step
 
         def recording_step(run: Any, loss: Any = None) -> None:
-            used = record.indices if run.loss_weight else []
+            used = self.indices if run.loss_weight else []
             line = json.dumps({"step": run.global_step + 1, "epoch": run.epoch, "indices": used})
-            path = Path(folder) / f"a{run.attempt:06d}-r{run.world.rank}.jsonl"
-            with path.open("a") as file:
+            with (Path(folder) / f"a{run.attempt:06d}-r{run.world.rank}.jsonl").open("a") as file:
                 file.write(line + "\n")
             step(run, loss)
 
         run_class.step = recording_step
+
+
+record = Recorder()
 
 
 def main() -> int:
@@ -113,8 +116,6 @@ def main() -> int:
 
 
 def micro_batch_size() -> int:
-    import os
-
     return GLOBAL_BATCH // (ACCUMULATION * int(os.environ.get("WORLD_SIZE", "1")))
 
 
