@@ -89,31 +89,40 @@ class EventLog:
     def write(self, event: str, **fields: Json) -> None:
         if self._enabled:
             line = {"time": time.time(), "attempt": self.attempt, "event": event, **fields}
-            _append(self._store, EVENTS_LOG, line)
+            _append(self._store, EVENTS_LOG, _line(line))
 
 
 class MetricsLog:
-    """metrics.jsonl: one record a log step or epoch; `count` is the length of the folded history."""
+    """metrics.jsonl: one record a log step or epoch; `count` is the length of the folded history.
+
+    Lines that could not be written (a full disk) are kept and written with the next ones.
+    """
 
     def __init__(self, store: Store, *, enabled: bool = True) -> None:
         self._store = store
         self._enabled = enabled
+        self._unwritten: list[str] = []
         self.attempt = 0
         self.count = 0
 
     def start(self, attempt: int, parent_attempt: int | None, keep: int, inherited: Iterable[Json] = ()) -> None:
         """Says where this attempt's history goes on from: the first `keep` records of the parent attempt's."""
         self.attempt, self.count = attempt, keep
-        line = {"attempt": attempt, "kind": "attempt", "parent_attempt": parent_attempt, "keep": keep}
-        if self._enabled:
-            _append(self._store, METRICS_LOG, line)
+        self._append({"attempt": attempt, "kind": "attempt", "parent_attempt": parent_attempt, "keep": keep})
         for record in inherited:
-            self.write(**{key: value for key, value in record.items() if key != "attempt"})
+            self.write(**record)
 
     def write(self, **record: Json) -> None:
+        """Adds a record to the history."""
+        self._append({"attempt": self.attempt, "record": self.count, **record})
         self.count += 1
-        if self._enabled:
-            _append(self._store, METRICS_LOG, {"attempt": self.attempt, **record})
+
+    def _append(self, line: Mapping[str, Json]) -> None:
+        if not self._enabled:
+            return
+        self._unwritten.append(_line(line))
+        if _append(self._store, METRICS_LOG, "".join(self._unwritten)):
+            self._unwritten = []
 
 
 def read_metrics(store: Store) -> list[dict[str, Json]]:
@@ -145,8 +154,8 @@ def fold_metrics(lines: Iterable[str], attempt: int | None = None) -> list[dict[
         wanted = starts[wanted]["parent_attempt"]
     history: list[dict[str, Json]] = []
     for number, keep in reversed(chain):
-        history = history[:keep] + own.get(number, [])
-    return [{key: value for key, value in record.items() if key != "attempt"} for record in history]
+        history = [record for record in history if record["record"] < keep] + own.get(number, [])
+    return [{key: value for key, value in record.items() if key not in ("attempt", "record")} for record in history]
 
 
 def metric_label(name: str) -> str:
@@ -177,11 +186,18 @@ def _words(name: str) -> list[str]:
     return name.replace("-", "_").split("_")
 
 
-def _append(store: Store, path: str, line: Mapping[str, Json]) -> None:
+def _line(values: Mapping[str, Json]) -> str:
+    return json.dumps(_finite(values)) + "\n"
+
+
+def _append(store: Store, path: str, text: str) -> bool:
+    """Whether the text was written; training goes on where it was not."""
     try:
-        store.append(path, json.dumps(_finite(line), sort_keys=False) + "\n")
+        store.append(path, text)
     except OSError as error:
         logging.getLogger(__name__).warning("%s was not written: %s", store.path(path), error)
+        return False
+    return True
 
 
 def _finite(value: Json) -> Json:

@@ -199,6 +199,7 @@ class Run:
             self._reporter.events.attempt = self._checkpointer.attempt
             self._opened = self._checkpointer.restore(self._resume)
             self._restore() if self._opened else self._start_fresh()
+            self._checkpointer.settle_branch()
         except BaseException:
             self._checkpointer.close(failed=True)
             raise

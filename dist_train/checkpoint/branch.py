@@ -1,9 +1,10 @@
 """Starting again from an older or a foreign checkpoint: recorded before training begins, begun once.
 
-    no record   -> write branch.json, move newer checkpoints to abandoned/, resume from the origin
-    same record -> finish moving if a kill came in between, then continue the branch's newest checkpoint
+    no record   -> resume from the origin; then write branch.json and move newer checkpoints to abandoned/
+    a record    -> continue the branch's newest checkpoint; then finish moving if a kill came in between
 
-Invariant: nothing is deleted; the same command never starts the same branch twice.
+Invariant: nothing is deleted, nothing is moved before the checkpoint has been loaded, and the same command never starts
+the same branch twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dist_train.checkpoint.catalog import Found, committed, read_checkpoint
+from dist_train.checkpoint.catalog import Found, committed, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.manifest import ABANDONED, BRANCH_FILE
 from dist_train.checkpoint.store import Store
 from dist_train.errors import NoCheckpointError
@@ -21,24 +22,16 @@ from dist_train.errors import NoCheckpointError
 Json = Any
 
 
-def candidates(store: Store, requested: str, found: Sequence[Found], attempt: int) -> Json:
-    """The checkpoints to try, best first, and the sequence that the branch counts on from; recorded on disk before.
+def find_record(store: Store, requested: str, found: Sequence[Found], attempt: int) -> Json:
+    """The branch that the run is on: what branch.json says (None without one), or a new one where another path is
+    requested. Changes nothing.
 
     Raises:
         NoCheckpointError: the path is not a committed checkpoint.
     """
     record = _read_record(store)
-    if record is None or record["requested"] != requested:
-        record = _start(store, requested, found, attempt)
-    own = committed(found)
-    for path, manifest in own:
-        if record["origin_sequence"] < manifest.sequence < record["first_sequence"]:
-            _abandon(store, path, record["attempt"])
-    newer = [[str(store.root), path, m.digest] for path, m in own if m.sequence >= record["first_sequence"]]
-    return {"checkpoints": [*reversed(newer), record["origin"]], "sequence": record["first_sequence"] - 1}
-
-
-def _start(store: Store, requested: str, found: Sequence[Found], attempt: int) -> Json:
+    if not requested or (record is not None and record["requested"] == requested):
+        return record
     root, path = _locate(store, requested)
     origin = read_checkpoint(Store(root), path)
     if origin.manifest is None:
@@ -46,17 +39,48 @@ def _start(store: Store, requested: str, found: Sequence[Found], attempt: int) -
             f"resume={requested!r} cannot be used: {origin.problem} Give the path of a committed checkpoint folder, "
             f"for instance {store.root}/checkpoints/step-00001200 (`dist-train ls {store.root}` lists them)."
         )
-    newest = max((manifest.sequence for _, manifest in committed(found)), default=0)
+    newest = max([last_sequence(record), *(manifest.sequence for _, manifest in committed(found))])
     own = root == str(store.root)
-    record = {
+    return {
         "requested": requested,
-        "origin": [root, path, origin.manifest.digest],
+        "origin": ["" if own else root, path, origin.manifest.digest],
         "origin_sequence": origin.manifest.sequence if own else 0,
         "first_sequence": max(newest, origin.manifest.sequence) + 1,
         "attempt": attempt,
     }
-    store.replace(BRANCH_FILE, json.dumps(record).encode())
-    return record
+
+
+def last_sequence(record: Json) -> int:
+    """The sequence that a branch counts on from; 0 without one."""
+    return record["first_sequence"] - 1 if record else 0
+
+
+def candidates(store: Store, record: Json, found: Sequence[Found]) -> Json:
+    """The checkpoints to try, best first: the branch's own, then its origin."""
+    own = [(path, m) for path, m in committed(found) if m.sequence >= record["first_sequence"]]
+    root, path, digest = record["origin"]
+    origin = [root or str(store.root), path, digest]
+    return [*([str(store.root), path, manifest.digest] for path, manifest in reversed(own)), origin]
+
+
+def without_left_behind(record: Json, found: Sequence[Found]) -> list[Found]:
+    """Those that a branch does not leave behind: its origin and what is older, and its own."""
+    return [one for one in found if not _is_left_behind(record, one)]
+
+
+def settle(store: Store, record: Json) -> None:
+    """Records the branch, then moves what it leaves behind; both only where not done yet."""
+    if record != _read_record(store):
+        store.replace(BRANCH_FILE, json.dumps(record).encode())
+    for one in list_checkpoints(store):
+        if _is_left_behind(record, one):
+            _abandon(store, one.path, record["attempt"])
+
+
+def _is_left_behind(record: Json, one: Found) -> bool:
+    if record is None or one.manifest is None:
+        return False
+    return bool(record["origin_sequence"] < one.manifest.sequence < record["first_sequence"])
 
 
 def _locate(store: Store, requested: str) -> tuple[str, str]:

@@ -106,8 +106,10 @@ class Checkpointer:
         self._serial = 0
         self._sequence = 0
         self._parent: str | None = None
+        self._branch: Json = None
         self._monitor: str | None = policy.monitor
-        self._failures = 0
+        self.failures = 0
+        """Saves that failed in a row."""
         self._fatal: DistTrainError | None = None
         self._verified: set[str] = set()
         self._protected: set[str] = set()
@@ -197,17 +199,19 @@ class Checkpointer:
         for one in found:
             if isinstance(one.problem, FormatVersionError):
                 raise one.problem
-        manifests = [manifest for _, manifest in committed(found)]
-        self._sequence = max((manifest.sequence for manifest in manifests), default=0)
+        self._branch = branch.find_record(self.store, request.path, found, self.attempt)
+        self._sequence = max([branch.last_sequence(self._branch), *(one.sequence for _, one in committed(found))])
         if request.kind == "path":
-            answer = branch.candidates(self.store, request.path, found, self.attempt)
-            self._sequence = max(self._sequence, answer["sequence"])
-            return answer["checkpoints"]
-        chosen = select_candidates(request, found, str(self.store.root))
+            return branch.candidates(self.store, self._branch, found)
+        chosen = select_candidates(request, branch.without_left_behind(self._branch, found), str(self.store.root))
         for one in found:
             if one.problem is not None:
                 self._set_aside(one.path, str(one.problem))
         return [[str(self.store.root), one.path, one.manifest.digest if one.manifest else ""] for one in chosen]
+
+    def settle_branch(self) -> None:
+        """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective."""
+        self.on_main(lambda: branch.settle(self.store, self._branch) if self._branch else None, "starting the branch")
 
     def _try_open(self, root: str, path: str, digest: str) -> Opened | None:
         """Collective: None on all ranks when any rank cannot use it."""
@@ -367,25 +371,25 @@ class Checkpointer:
         events = self._writer.events()
         for event in events:
             if isinstance(event, Committed):
-                self._failures = 0
+                self.failures = 0
                 self.committed = event.manifest.progress
             elif isinstance(event, SaveFailed):
-                self._failures += 1
+                self.failures += 1
                 self._fatal = self._fatal or event.fatal
         return events
 
     @property
     def must_end(self) -> bool:
         """Whether training cannot go on: see `require_healthy`."""
-        return self._fatal is not None or self._failures > self.policy.max_failed_saves
+        return self._fatal is not None or self.failures > self.policy.max_failed_saves
 
     def require_healthy(self) -> None:
         """Raises RunInUseError or SaveFailedError when training must end; call it after the events were reported."""
         if self._fatal is not None:
             raise self._fatal
-        if self._failures > self.policy.max_failed_saves:
+        if self.failures > self.policy.max_failed_saves:
             raise SaveFailedError(
-                f"{self._failures} saves failed in a row in {self.store.root} (max_failed_saves is "
+                f"{self.failures} saves failed in a row in {self.store.root} (max_failed_saves is "
                 f"{self.policy.max_failed_saves}); training stops so that no more work is lost. The newest checkpoint "
                 f"is step {self.committed_step}. Free space or fix the directory, then run the same command again."
             )
@@ -394,10 +398,6 @@ class Checkpointer:
     def is_busy(self) -> bool:
         return self._writer is not None and self._writer.is_busy
 
-    @property
-    def failures(self) -> int:
-        return self._failures
-
     def wait(self) -> None:
         """Until the save in flight is committed or given up."""
         if self._writer is not None:
@@ -405,13 +405,13 @@ class Checkpointer:
 
     def close(self, *, failed: bool = False) -> list[Event]:
         """Joins the writer, gives the directory and the memory back; returns the last events."""
-        if self._writer is None:
-            return []
-        if failed:
-            self._writer.hurry()
-        self._writer.close()
-        events = self.poll()
-        if self._ownership is not None:
+        events = []
+        if self._writer is not None:
+            if failed:
+                self._writer.hurry()
+            self._writer.close()
+            events = self.poll()
+        if self._ownership is not None and self._ownership.attempt:
             self._ownership.release()
         if self._image is not None:
             self._image.close()

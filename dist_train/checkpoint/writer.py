@@ -42,6 +42,8 @@ RECEIPT_TIMEOUT_SECONDS = 1800.0
 """How long the main rank waits for the slowest rank's shards before it gives a save up."""
 HURRY_SECONDS = 5.0
 """The same once training has failed here."""
+CLOSE_SECONDS = 10.0
+"""How long an idle thread may take to end."""
 _SLICE_SECONDS = 1.0
 
 
@@ -139,8 +141,17 @@ class Writer:
         self._jobs.put(work)
 
     def join(self) -> None:
-        """Waits until what was handed over is committed or given up (the mailbox deadline bounds it)."""
-        self._idle.wait()
+        """Waits until what was handed over is committed or given up.
+
+        Raises:
+            DeadlineError: the disk has not answered in all that time.
+        """
+        deadline = 2 * self._receipt_timeout
+        if not self._idle.wait(deadline):
+            raise DeadlineError(
+                f"Rank {self._world.rank} waited {deadline:.0f} s for a save in {self._store.root} to end, and it did "
+                f"not. The file system seems to hang; look at it, then run the same command again."
+            )
 
     def tell(self, event: Event) -> None:
         """Adds an event of the main thread to the row."""
@@ -159,9 +170,10 @@ class Writer:
         return seen
 
     def close(self) -> None:
+        """Joins and ends the thread."""
         self.join()
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(timeout=CLOSE_SECONDS)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

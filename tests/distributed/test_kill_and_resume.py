@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def epochs_of_rank(world_size: int, rank: int) -> Any:
 
 
 def kill_and_resume(case: Case, folder: Path) -> tuple[Path, ChaosPlan]:
-    run_dir, plan = folder / "run", ChaosPlan(str(folder / "chaos"), seed=case.world_size, kills=case.kills)
+    run_dir, plan = folder / "run", ChaosPlan(str(folder / "chaos"), seed=crc32(str(case).encode()), kills=case.kills)
     arguments = [CHAOS, SPECIMEN, *case.options, "--run-dir", str(run_dir), "--samples", str(folder / "samples")]
     extra = plan.to_environment()
     deadline = LIFE_SECONDS * (case.kills + 1)

@@ -1,4 +1,4 @@
-"""The launchers that people use, each restarting a killed run: plain torchrun on one and on two nodes, accelerate launch."""
+"""The launchers that people use, each restarting a killed run: accelerate launch, and torchrun on two nodes."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def arm(plan: ChaosPlan) -> None:
     if number >= plan.kills:
         return
     rng = random.Random(f"{plan.seed}-{number}")
-    inside, everyone, victim = rng.random() < 0.45, rng.random() < 0.35, rng.randrange(world_size)
+    inside, everyone, victim = rng.random() < 0.6, rng.random() < 0.35, rng.randrange(world_size)
     after = rng.randint(1, plan.most_operations if inside else plan.most_micro_steps)
     if rank == victim:
         note = {"number": number, "rank": rank, "everyone": everyone, "inside_save": inside}
