@@ -34,9 +34,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_accelerate_launch_starts_two_processes_and_restarts_them(tmp_path: Path, twin: Path) -> None:
+@pytest.mark.parametrize("rendezvous", [[], pytest.param(["--rdzv_backend", "c10d"], marks=pytest.mark.slow)], ids=str)
+def test_accelerate_launch_starts_two_processes_and_restarts_them(
+    rendezvous: list[str], tmp_path: Path, twin: Path
+) -> None:
     plan = ChaosPlan(str(tmp_path / "chaos"), seed=15, kills=2)
-    flags = ["--multi_gpu", "--num_processes", "2", "--max_restarts", "4", "--rdzv_backend", "c10d"]
+    flags = ["--multi_gpu", "--num_processes", "2", "--max_restarts", "4", *rendezvous]
     flags += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--num_machines", "1"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--dynamo_backend", "no"]
     script = [CHAOS, SPECIMEN, "--run-dir", str(tmp_path / "run")]
