@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -56,7 +56,7 @@ class Console:
         """Replaces the live line; nothing where the output is not a terminal."""
         if self._enabled and self._is_terminal:
             self._clear()
-            self._live = text[: max(_columns() - 1, 20)]
+            self._live = text[: max(shutil.get_terminal_size().columns - 1, 20)]
             self._draw()
 
     def end_live(self) -> None:
@@ -213,10 +213,3 @@ def _parse(line: str) -> dict[str, Json] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("attempt"), int) else None
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size().columns
-    except OSError:
-        return 80

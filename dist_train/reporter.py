@@ -108,18 +108,20 @@ class Reporter:
 
     def _report_failure(self, event: SaveFailed, count: str, newest: int) -> None:
         cause = "no space: " if event.out_of_space else ""
+        fields = {"global_step": event.global_step, "message": cause + event.message}
+        self.events.write("failed", out_of_space=event.out_of_space, **fields)
+        if event.fatal is not None:
+            return  # it is raised, with all that there is to say
         logger.error(
             "The checkpoint of step %d was not saved in %s: %s%s. Training goes on and tries again (%s); older "
             "checkpoints are whole, the newest is %s.",
             event.global_step,
             self._run_dir,
             cause,
-            event.message,
+            event.message.rstrip("."),
             count,
             f"step {newest}" if newest >= 0 else "none yet",
         )
-        fields = {"global_step": event.global_step, "message": cause + event.message}
-        self.events.write("failed", out_of_space=event.out_of_space, **fields)
 
 
 def _short(value: Json) -> str:

@@ -46,6 +46,7 @@ from dist_train.progress import RunProgress
 from dist_train.replicas import evaluating, fix_bucket_layout
 from dist_train.reporter import Reporter
 from dist_train.state import LiveState, Stateful, restore_rng
+from dist_train.tree import encode
 from dist_train.world import World, current_world
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Run:
         self._live = LiveState(
             models=self._models, optimizers=_named(optimizer), schedulers=_named(scheduler), scaler=scaler
         )
+        self._config = encode(dict(self._options.config or {}), "config", {})
         self._require_one_world()
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._opened: Opened | None = None
@@ -243,12 +245,14 @@ class Run:
         for last in (False, True):
             self._checkpointer.wait()
             self._report(self._checkpointer.poll())
-            done = self.world.broadcast(self._checkpointer.committed == self._progress.now, "whether the end is saved")
+            mine = [self._checkpointer.committed == self._progress.now, self._checkpointer.must_end]
+            done, hopeless = self.world.broadcast(mine, "whether the end is saved")
             if done or not self._policy.at_end or self._feed.in_window:
                 return
-            if last:
+            if last or hopeless:
                 break
             self._save("end")
+        self._checkpointer.require_healthy()
         raise SaveFailedError(
             f"The end of the run (step {self.global_step}) could not be saved in {self.run_dir}; the newest checkpoint "
             f"is step {self.committed_step}. See the messages above; fix the cause and run the same command again."
@@ -483,7 +487,7 @@ class Run:
         """Each setting's value at construction, for the manifest."""
         config = {
             "policy": self._policy.to_json(),
-            "user": dict(self._options.config or {}),
+            "user": self._config,
             "data": self._data_settings(),
         }
         return {**self._live.settings, "config": config}
@@ -503,6 +507,8 @@ class Run:
         self._reporter.report(events, newest=keeper.committed_step, **counts)
 
     def _write_status(self, status: str, error: str = "") -> None:
+        if self._checkpointer.is_lost:  # what becomes of an old attempt is no news of the run
+            return
         code = None if status == "running" else self.exit_code
         self._reporter.status(status, code, self._progress.now, self._checkpointer.attempt, error)
 

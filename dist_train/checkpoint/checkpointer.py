@@ -41,7 +41,7 @@ from dist_train.checkpoint.resume import ResumeRequest, select_candidates
 from dist_train.checkpoint.retention import select_best, select_deletions
 from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
-from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.store import Store, is_out_of_space
 from dist_train.checkpoint.verify import verify_checkpoint
 from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, SaveJob, Writer, discard
 from dist_train.console import bytes_text
@@ -257,12 +257,14 @@ class Checkpointer:
 
     def _set_aside(self, path: str, problem: str) -> None:
         """Renames a checkpoint that cannot be used, so that the same step can be committed again."""
+        full = str(self.store.path(path))
+        why = f"{full} cannot be used: {problem.removeprefix(f'{full}: ').rstrip('.')}."
         if not self.store.exists(path):
-            self.problems.append(f"{self.store.path(path)} cannot be used: {problem}.")
+            self.problems.append(why)
             return
         name = path.rsplit("/", 1)[-1]
         aside = f"{CHECKPOINTS}/{CORRUPT_PREFIX}a{self.attempt:06d}-{name}"
-        self.problems.append(f"{self.store.path(path)} cannot be used: {problem}. It is kept as {aside}.")
+        self.problems.append(f"{why} It is kept as {aside}.")
         self.store.rename(path, aside)
 
     # Saving
@@ -321,15 +323,15 @@ class Checkpointer:
         free = self.store.free_bytes()
         needed = self._total_bytes + _MANIFEST_SLACK
         if free < needed:
-            needs = f"it needs {bytes_text(needed)} and {bytes_text(free)} are free on {self.store.root}"
-            return self._refuse(SaveFailed(global_step=step, message=f"not enough space: {needs}", out_of_space=True))
+            needs = f"not enough space: it needs {bytes_text(needed)}, {bytes_text(free)} are free on {self.store.root}"
+            return self._refuse(SaveFailed(global_step=step, message=needs, out_of_space=True))
         copies = (step_name(step, copy) for copy in range(1 << 20))
         target = next(name for name in copies if not self.store.exists(f"{CHECKPOINTS}/{name}"))
         staging = f"{CHECKPOINTS}/{saving_name(target, self.attempt)}"
         try:
             self.store.make_directory(staging, exist_ok=False)
         except OSError as error:
-            return self._refuse(SaveFailed(global_step=step, message=str(error)))
+            return self._refuse(SaveFailed(global_step=step, message=str(error), out_of_space=is_out_of_space(error)))
         return {"staging": staging, "target": target}
 
     def _refuse(self, failure: SaveFailed) -> Json:
@@ -395,8 +397,9 @@ class Checkpointer:
             )
 
     @property
-    def is_busy(self) -> bool:
-        return self._writer is not None and self._writer.is_busy
+    def is_lost(self) -> bool:
+        """Whether a newer attempt owns the directory; only the main rank can tell."""
+        return self._ownership is not None and not self._ownership.is_held()
 
     def wait(self) -> None:
         """Until the save in flight is committed or given up."""
@@ -423,6 +426,8 @@ class Checkpointer:
     def _after_commit(self, done: Committed) -> list[Event]:
         self._parent = done.manifest.digest
         self._verified.add(done.path)
+        if self.is_lost:  # what follows is the new attempt's business
+            return []
         found = committed(list_checkpoints(self.store))
         own = [one for one in found if one[1].run_id == self.run_id]
         self._point_links(done.path, own)
@@ -435,9 +440,7 @@ class Checkpointer:
             monitor=self._monitor,
         )
         self._protected = set()  # once something newer is durable, the origin of this attempt is like any other
-        for path in doomed:
-            discard(self.store, path)
-        return [Pruned(path=path) for path in doomed]
+        return [Pruned(path=path) for path in doomed if not self.is_lost and discard(self.store, path)]
 
     def _point_links(self, latest: str, own: list[tuple[str, Manifest]]) -> None:
         best = select_best(own, self._monitor, self.policy.mode, 1)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 from torch import nn
 
-from dist_train.checkpoint.catalog import committed, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.reader import CheckpointReader
-from dist_train.checkpoint.retention import select_best
+from dist_train.checkpoint.selection import select_checkpoint
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
-from dist_train.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StateMismatchError
+from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StateMismatchError
 from dist_train.state import LiveState
 
 
@@ -21,7 +18,7 @@ def load_model(run_dir: str, checkpoint: str, model: nn.Module) -> nn.Module:
 
     Args:
         run_dir: a run directory.
-        checkpoint: `latest`, `best`, or the path of a checkpoint folder.
+        checkpoint: `latest`, `best`, `step:1200`, or the path of a checkpoint folder.
         model: built as for training; on any device, unwrapped or not.
 
     Raises:
@@ -51,25 +48,7 @@ def load_model(run_dir: str, checkpoint: str, model: nn.Module) -> nn.Module:
 
 def find_checkpoint(run_dir: str, checkpoint: str) -> tuple[Store, str, Manifest]:
     """The store, the folder in it and the manifest of a checkpoint named as in `load_model`."""
-    if checkpoint in ("latest", "best"):
-        return _find_in_run(Store(run_dir), checkpoint)
-    if not os.path.isdir(checkpoint) and os.path.isdir(os.path.join(run_dir, "checkpoints", checkpoint)):
-        checkpoint = os.path.join(run_dir, "checkpoints", checkpoint)
-    if not os.path.isdir(checkpoint):
-        raise ConfigError(f"{checkpoint!r} is neither 'latest', 'best' nor the path of a checkpoint folder.")
-    folder, name = os.path.split(os.path.abspath(checkpoint))
-    found = read_checkpoint(Store(folder), name)
+    store, found = select_checkpoint(Store(run_dir), checkpoint)
     if found.manifest is None:
-        raise found.problem or NoCheckpointError(f"{checkpoint} holds no checkpoint.")
-    return Store(folder), name, found.manifest
-
-
-def _find_in_run(store: Store, which: str) -> tuple[Store, str, Manifest]:
-    usable = committed(list_checkpoints(store))
-    if which == "best" and usable:
-        best = usable[-1][1].best
-        usable = select_best(usable, best.monitor, best.mode, 1) if best else []
-    if not usable:
-        raise NoCheckpointError(f"{store.root} holds no checkpoint that could be the {which} one.")
-    path, manifest = usable[-1]
-    return store, path, manifest
+        raise found.problem or NoCheckpointError(f"{store.path(found.path)} holds no checkpoint.")
+    return store, found.path, found.manifest

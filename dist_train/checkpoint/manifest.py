@@ -149,12 +149,17 @@ class Manifest:
 
     def to_json(self) -> str:
         """JSON with the format version and the digest of everything else; dictionaries keep their order."""
-        body = {"format": FORMAT_VERSION, **asdict(self)}
+        body = self._body()
         return to_json({**body, "digest": digest_of(body)})
 
     @property
     def digest(self) -> str:
-        return digest_of({"format": FORMAT_VERSION, **asdict(self)})
+        return digest_of(self._body())
+
+    def _body(self) -> dict[str, Json]:
+        """As it will be read back: keys may be numbers, which sort otherwise than the strings that they become."""
+        body: dict[str, Json] = json.loads(to_json({"format": FORMAT_VERSION, **asdict(self)}))
+        return body
 
     @staticmethod
     def from_json(text: str | bytes, path: str = "") -> Manifest:

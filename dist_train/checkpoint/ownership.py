@@ -131,17 +131,21 @@ class Ownership:
 
     def _require_dead_owner(self) -> None:
         owner = read_owner(self._store)
-        if owner is None or owner.may_be_replaced_by(self._owner):
+        if owner is None or self._may_replace(owner):
             return
         deadline = self._clock() + self._patience
         while self._clock() < deadline:
             self._sleep(min(BEAT_SECONDS / 4, self._patience / 4))
             now = read_owner(self._store)
-            if now is None or now.may_be_replaced_by(self._owner):
+            if now is None or self._may_replace(now):
                 return
             if (now.attempt, now.beats) != (owner.attempt, owner.beats):
                 where = f"process {now.pid} on {now.hostname} (attempt {now.attempt}) is training there"
                 raise RunInUseError(self._in_use(where))
+
+    def _may_replace(self, owner: Owner) -> bool:
+        """What an old attempt that woke up has written says nothing about the newest one: that is watched."""
+        return owner.attempt == newest_attempt(self._store) and owner.may_be_replaced_by(self._owner)
 
     def _in_use(self, why: str) -> str:
         return (

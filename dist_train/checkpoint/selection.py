@@ -33,9 +33,7 @@ def open_run(run_dir: str) -> Store:
     names = store.list()
     if MANIFEST_NAME in names:
         above = os.path.dirname(os.path.dirname(os.path.abspath(run_dir)))
-        raise StorageError(
-            f"{run_dir} is one checkpoint, expected a run directory. Give {above} --checkpoint {run_dir}"
-        )
+        raise StorageError(f"{run_dir} is one checkpoint, expected the run directory, which is {above}.")
     if CHECKPOINTS not in names and RUN_FILE not in names:
         raise StorageError(f"{run_dir} is not a run directory: it holds neither {RUN_FILE} nor {CHECKPOINTS}/. {_GIVE}")
     return store

@@ -275,19 +275,26 @@ def commit(store: Store, ownership: Ownership | None, job: SaveJob, receipts: li
     store.sync_file(METRICS_LOG)  # the history that the manifest counts on must survive what the manifest survives
     if ownership is not None:
         ownership.require_held()
-    store.write_new(f"{job.staging}/{MANIFEST_NAME}", manifest.to_json().encode())
+    text = manifest.to_json()
+    Manifest.from_json(text)  # what cannot be read back must not be acknowledged
+    store.write_new(f"{job.staging}/{MANIFEST_NAME}", text.encode())
     store.sync_directory(job.staging)
     store.rename(job.staging, f"{CHECKPOINTS}/{job.target}")
     store.sync_directory(CHECKPOINTS)
     return manifest
 
 
-def discard(store: Store, path: str) -> None:
-    """Takes a folder out of the way first and removes it then; a kill in between leaves only trash."""
+def discard(store: Store, path: str) -> bool:
+    """Takes a folder out of the way first and removes it then; a kill in between leaves only trash.
+
+    Returns:
+        Whether nothing is there under that name any more.
+    """
     trash = f"{CHECKPOINTS}/{TRASH_PREFIX}{time.monotonic_ns()}-{path.rsplit('/', 1)[-1].lstrip('.')}"
     with contextlib.suppress(OSError):
         store.rename(path, trash)
         store.remove_tree(trash)
+    return not store.exists(path)
 
 
 def _merge_receipts(job: SaveJob, receipts: list[Json]) -> dict[str, FileEntry]:
