@@ -45,6 +45,11 @@ class Console:
         self._live = ""
         self._is_terminal = self._stream.isatty()
 
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a live line at all."""
+        return self._enabled and self._is_terminal
+
     def say(self, text: str) -> None:
         """One plain line, on the main rank."""
         if self._enabled:
@@ -54,7 +59,7 @@ class Console:
 
     def show(self, text: str) -> None:
         """Replaces the live line; nothing where the output is not a terminal."""
-        if self._enabled and self._is_terminal:
+        if self.is_live:
             self._clear()
             self._live = text[: max(shutil.get_terminal_size().columns - 1, 20)]
             self._draw()
@@ -78,51 +83,65 @@ def print_text(text: str, *, error: bool = False) -> None:
     print(text, file=sys.stderr if error else sys.stdout)
 
 
+class _Lines:
+    """Appends to a file. Lines that could not be written (a full disk) are kept and written with the next ones."""
+
+    def __init__(self, store: Store, path: str, *, enabled: bool) -> None:
+        self._store = store
+        self._path = path
+        self._enabled = enabled
+        self._unwritten: list[str] = []
+
+    def add(self, line: Mapping[str, Json]) -> None:
+        if self._enabled:
+            self._unwritten.append(json.dumps(_finite(line)) + "\n")
+            self.flush()
+
+    def flush(self) -> None:
+        """Training goes on where this fails."""
+        if not self._unwritten:
+            return
+        try:
+            self._store.append(self._path, "".join(self._unwritten))
+            self._unwritten = []
+        except OSError as error:
+            logging.getLogger(__name__).warning("%s was not written: %s", self._store.path(self._path), error)
+
+
 class EventLog:
     """run.jsonl: one event a line, with attempt and time. Best effort: a full disk must not end training."""
 
     def __init__(self, store: Store, *, enabled: bool = True) -> None:
-        self._store = store
-        self._enabled = enabled
+        self._lines = _Lines(store, EVENTS_LOG, enabled=enabled)
         self.attempt = 0
 
     def write(self, event: str, **fields: Json) -> None:
-        if self._enabled:
-            line = {"time": time.time(), "attempt": self.attempt, "event": event, **fields}
-            _append(self._store, EVENTS_LOG, _line(line))
+        self._lines.add({"time": time.time(), "attempt": self.attempt, "event": event, **fields})
 
 
 class MetricsLog:
-    """metrics.jsonl: one record a log step or epoch; `count` is the length of the folded history.
-
-    Lines that could not be written (a full disk) are kept and written with the next ones.
-    """
+    """metrics.jsonl: one record a log step or epoch; `count` is the length of the folded history."""
 
     def __init__(self, store: Store, *, enabled: bool = True) -> None:
-        self._store = store
-        self._enabled = enabled
-        self._unwritten: list[str] = []
+        self._lines = _Lines(store, METRICS_LOG, enabled=enabled)
         self.attempt = 0
         self.count = 0
 
     def start(self, attempt: int, parent_attempt: int | None, keep: int, inherited: Iterable[Json] = ()) -> None:
         """Says where this attempt's history goes on from: the first `keep` records of the parent attempt's."""
         self.attempt, self.count = attempt, keep
-        self._append({"attempt": attempt, "kind": "attempt", "parent_attempt": parent_attempt, "keep": keep})
+        self._lines.add({"attempt": attempt, "kind": "attempt", "parent_attempt": parent_attempt, "keep": keep})
         for record in inherited:
             self.write(**record)
 
     def write(self, **record: Json) -> None:
         """Adds a record to the history."""
-        self._append({"attempt": self.attempt, "record": self.count, **record})
+        self._lines.add({"attempt": self.attempt, "record": self.count, **record})
         self.count += 1
 
-    def _append(self, line: Mapping[str, Json]) -> None:
-        if not self._enabled:
-            return
-        self._unwritten.append(_line(line))
-        if _append(self._store, METRICS_LOG, "".join(self._unwritten)):
-            self._unwritten = []
+    def flush(self) -> None:
+        """Before a save, whose checkpoint counts on the records so far."""
+        self._lines.flush()
 
 
 def read_metrics(store: Store) -> list[dict[str, Json]]:
@@ -135,10 +154,11 @@ def read_metrics(store: Store) -> list[dict[str, Json]]:
 def fold_metrics(lines: Iterable[str], attempt: int | None = None) -> list[dict[str, Json]]:
     """History of an attempt (the newest by default) = the kept part of its parent's + its own records.
 
-    Lines that a kill has torn, and those of attempts outside of the chain, are left out.
+    Lines that a kill has torn, and those of attempts outside of the chain, are left out. A record counts once: a disk
+    that was full may have taken a part of what was then written again.
     """
     starts: dict[int, Json] = {}
-    own: dict[int, list[dict[str, Json]]] = {}
+    own: dict[int, dict[int, dict[str, Json]]] = {}
     for line in lines:
         record = _parse(line)
         if record is None:
@@ -146,7 +166,7 @@ def fold_metrics(lines: Iterable[str], attempt: int | None = None) -> list[dict[
         if record.get("kind") == "attempt":
             starts[record["attempt"]] = record
         else:
-            own.setdefault(record["attempt"], []).append(record)
+            own.setdefault(record["attempt"], {})[record["record"]] = record
     wanted = attempt if attempt is not None else max(starts, default=0)
     chain: list[tuple[int, int]] = []
     while wanted in starts:
@@ -154,7 +174,7 @@ def fold_metrics(lines: Iterable[str], attempt: int | None = None) -> list[dict[
         wanted = starts[wanted]["parent_attempt"]
     history: list[dict[str, Json]] = []
     for number, keep in reversed(chain):
-        history = [record for record in history if record["record"] < keep] + own.get(number, [])
+        history = [record for record in history if record["record"] < keep] + list(own.get(number, {}).values())
     return [{key: value for key, value in record.items() if key not in ("attempt", "record")} for record in history]
 
 
@@ -184,20 +204,6 @@ def bytes_text(count: float) -> str:
 
 def _words(name: str) -> list[str]:
     return name.replace("-", "_").split("_")
-
-
-def _line(values: Mapping[str, Json]) -> str:
-    return json.dumps(_finite(values)) + "\n"
-
-
-def _append(store: Store, path: str, text: str) -> bool:
-    """Whether the text was written; training goes on where it was not."""
-    try:
-        store.append(path, text)
-    except OSError as error:
-        logging.getLogger(__name__).warning("%s was not written: %s", store.path(path), error)
-        return False
-    return True
 
 
 def _finite(value: Json) -> Json:

@@ -36,16 +36,24 @@ class BatchFeed:
         self._device = device
         self._rank = rank
         self._consumed = True
+        self._num_samples = 1
 
     @property
     def knows_epoch_end(self) -> bool:
         """Whether the batch that was given out last came from a training loader of ours."""
         return self.micro is not _LONE_UPDATE
 
+    @property
+    def share_of_epoch(self) -> float | None:
+        """How much of the epoch was given out, from 0 to 1; None where nobody knows."""
+        return self.micro.stop / self._num_samples if self.knows_epoch_end else None
+
     def training_batches(self, loader: Any, layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
         """The rest of the epoch from the loader's position. The loader's iterator is made at once."""
+        self._num_samples = layout.num_samples
         if self._accelerator is not None:
             self._accelerator.gradient_accumulation_steps = layout.accumulation_steps
+            self._accelerator.step = 0  # a position is a window's beginning; an interrupted one may have left a count
         return self._give_out(iter(loader), layout, should_stop)
 
     def plain_batches(self, loader: Any, should_stop: Callable[[], bool]) -> Iterator[Any]:

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dist_train.checkpoint.checkpointer import Draft, Opened
+from dist_train.checkpoint.checkpointer import Draft
 from dist_train.checkpoint.manifest import METRICS_LOG, Best, Progress
 from dist_train.checkpoint.policy import CheckpointPolicy
+from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.store import Store
 from dist_train.console import MetricsLog, fold_metrics
 from dist_train.errors import ConfigError
@@ -113,6 +114,7 @@ class RunProgress:
 
     def draft(self, reason: str, settings: dict[str, Json], environment: dict[str, Json]) -> Draft:
         """What a manifest says of this moment. Collective."""
+        self._log.flush()
         evaluated = self.now.evaluation == "done"
         return Draft(
             progress=self.now,

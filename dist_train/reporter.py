@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
@@ -17,12 +18,15 @@ from dist_train.console import Console, EventLog, bytes_text, metric_label, metr
 
 logger = logging.getLogger(__name__)
 Json = Any
+LIVE_SECONDS = 0.25
 
 
 class Reporter:
     """The main rank's voice."""
 
-    def __init__(self, store: Store, *, is_main: bool, run_dir: str) -> None:
+    def __init__(
+        self, store: Store, *, is_main: bool, run_dir: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.console = Console(enabled=is_main)
         self.events = EventLog(store, enabled=is_main)
         self.epochs = 0
@@ -30,7 +34,12 @@ class Reporter:
         self._store = store
         self._is_main = is_main
         self._run_dir = run_dir
+        self.loss: float | None = None
+        """Training loss as of the last record."""
         self._stalls: dict[int, float] = {}
+        self._clock = clock
+        self._shown_at = float("-inf")
+        self._shown_step = 0
 
     def note_stall(self, global_step: int, seconds: float) -> None:
         """How long training waited for a save that is now in flight."""
@@ -66,9 +75,18 @@ class Reporter:
         if progress.epochs_completed >= self.epochs:
             self.console.say("Nothing is left to do; give more epochs to go on.")
 
-    def step(self, epoch: int, global_step: int, loss: float | None) -> None:
-        shown = "" if loss is None else f" - Train Loss: {loss:.4f}"
-        self.console.show(f"Epoch {epoch + 1}/{self.epochs} - step {global_step}{shown}")
+    def step(self, epoch: int, global_step: int, share: float | None) -> None:
+        """The live line: at most a few times a second, from what is known without asking the device."""
+        now = self._clock()
+        if now - self._shown_at < LIVE_SECONDS or not self.console.is_live:
+            return
+        pace = (global_step - self._shown_step) / (now - self._shown_at) if self._shown_step else 0.0
+        self._shown_at, self._shown_step = now, global_step
+        parts = [f"Epoch {epoch + 1}/{self.epochs}", f"step {global_step}"]
+        parts += [f"{share:.0%} of the epoch"] if share is not None else []
+        parts += [f"{pace:.1f} steps/s"] if pace else []
+        parts += [f"Train Loss: {self.loss:.4f}"] if self.loss is not None else []
+        self.console.show(" - ".join(parts))
 
     def epoch(self, completed: int, train_loss: float | None, metrics: Mapping[str, float]) -> None:
         loss = "" if train_loss is None else f" - Train Loss: {train_loss:.4f}"

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from dist_train.agreement import Agreed, Agreement
-from dist_train.checkpoint.checkpointer import Checkpointer, Opened
+from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy, Moment, should_save
+from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.writer import Event
 from dist_train.console import set_up_logging
@@ -242,14 +243,14 @@ class Run:
 
     def _save_end(self) -> None:
         """The last state is durable when this returns; a failed save is tried once more. Collective."""
-        for last in (False, True):
+        for tries_left in (2, 1, 0):
             self._checkpointer.wait()
             self._report(self._checkpointer.poll())
             mine = [self._checkpointer.committed == self._progress.now, self._checkpointer.must_end]
             done, hopeless = self.world.broadcast(mine, "whether the end is saved")
             if done or not self._policy.at_end or self._feed.in_window:
                 return
-            if last or hopeless:
+            if hopeless or not tries_left:
                 break
             self._save("end")
         self._checkpointer.require_healthy()
@@ -271,6 +272,8 @@ class Run:
                 f"model and optimizer as in the run that saved it, or give another run_dir to start a new run.",
                 self._opened.path,
             ) from error
+        for model in self._models.values():
+            model.zero_grad()  # of a window that was interrupted in this very process, in a notebook
         self.resumed_from = self._opened.path
         self._rng = self._progress.restore(self._opened, self._checkpointer.attempt)
         self._last_saved_step = self.global_step if self._opened.origin is self._store else -1
@@ -295,13 +298,15 @@ class Run:
         """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
 
         Raises:
-            ConfigError: the name is taken, or it is no such object.
+            ConfigError: the name is taken, it is no such object, or `epochs` was called already.
             StateMismatchError: the checkpoint that is resumed from does not hold it.
         """
         if name in self._live.registered or not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
             raise ConfigError(
                 f"run.register({name!r}, ...): give each object with state_dict and load_state_dict its own name."
             )
+        if self._begun:
+            raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
         self._live.registered[name] = one
         if self._opened is not None:
             self._live.restore_registered(name, self._opened.manifest.state, self._opened.reader)
@@ -351,8 +356,9 @@ class Run:
         self._progress.count_update(micro, skipped=skipped)
         if self._feed.knows_epoch_end:
             self.epoch_is_complete = micro.ends_epoch
-        if self.global_step % self._options.log_every_steps == 0:
+        if not skipped and self.global_step % self._options.log_every_steps == 0:
             self._log_step()
+        self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch)
         self._boundary(ends_epoch=micro.ends_epoch)
 
     def end_epoch(self, **metrics: float) -> None:
@@ -397,6 +403,10 @@ class Run:
     def _expects_loader(self) -> bool:
         return isinstance(getattr(self._loader, "batch_sampler", None), ResumableSampler)
 
+    @property
+    def _reached_max_steps(self) -> bool:
+        return self._options.max_steps is not None and self.global_step >= self._options.max_steps
+
     _stop_wish: StopReason | None = None
     _begun = False
 
@@ -410,6 +420,8 @@ class Run:
             self._opened.reader.close()
         if self._progress.patience_is_over:
             self._stop = StopReason.EARLY_STOPPED
+        elif self._reached_max_steps and self._progress.now.evaluation != "pending":
+            self._stop = StopReason.DONE
         self._checkpointer.dry_run(self._live.capture())
 
     def _restore_rng(self, *, for_good: bool) -> None:
@@ -422,7 +434,7 @@ class Run:
         rates = [group["lr"] for optimizer in self._live.optimizers.values() for group in optimizer.param_groups]
         values = self._progress.log_step(float(rates[0]) if rates else None)
         self._track(values)
-        self._reporter.step(self.epoch, self.global_step, values["loss"])
+        self._reporter.loss = values["loss"]
 
     def _track(self, values: Mapping[str, float | None]) -> None:
         if self.accelerator is not None and self.accelerator.trackers:
@@ -434,7 +446,7 @@ class Run:
         self._report(self._checkpointer.poll())
         agreed = self._agree(force=ends_epoch)
         self._raise_failures(agreed)
-        if self._options.max_steps is not None and self.global_step >= self._options.max_steps:
+        if self._reached_max_steps:
             self._stop = self._stop or StopReason.DONE
         # Who is done may still evaluate; whoever is told to leave must not.
         leaving = self._stop not in (None, StopReason.DONE)

@@ -154,7 +154,8 @@ class LiveState:
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
             groups = [
-                {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+                {key: _plain_setting(value) for key, value in group.items() if key != "params"}
+                for group in optimizer.param_groups
             ]
             settings[place] = [encode(group, f"{place}/settings/{i}", {}) for i, group in enumerate(groups)]
         for name, scheduler in self.schedulers.items():
@@ -179,11 +180,13 @@ class LiveState:
             if place not in state:
                 problems.append(f"the checkpoint holds no {place}")
                 continue
-            live = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+            live = [_member_names(index, group, names) for index, group in enumerate(optimizer.param_groups)]
             saved = [group["params"] for group in state[place]["groups"]]
             if [len(group) for group in live] != [len(group) for group in saved]:
                 sizes = f"{[len(group) for group in saved]} parameters, here {[len(group) for group in live]}"
                 problems.append(f"{place}: the groups hold {sizes}")
+            elif strangers := {n for g in live for n in g} ^ {n for g in saved for n in g}:
+                problems.append(f"{place}: only there or only here are the parameters {', '.join(sorted(strangers))}")
         missing = [name for name in self.registered if f"user/{name}" not in state]
         problems += [f"the checkpoint holds nothing for the registered {name!r}" for name in missing]
         if problems:
@@ -192,6 +195,11 @@ class LiveState:
 
 
 CPU = torch.device("cpu")
+
+
+def _plain_setting(value: Any) -> Any:
+    """A tensor's value: a capturable learning rate is compared by what it is, not by where it is kept."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def innermost_module(model: nn.Module) -> nn.Module:
@@ -269,9 +277,11 @@ def _capture_model(model: nn.Module, place: str, capture: Capture, own_buffers: 
     for raw, value in model.state_dict().items():
         name = clean_name(raw)
         full = f"{place}/{name}"
-        if not isinstance(value, torch.Tensor):
+        if _is_extra(name, value):
             extra[name] = value
             continue
+        if nn.parameter.is_lazy(value):
+            raise UnsaveableStateError(f"{full} has no shape yet: call the model on one batch before the run is made.")
         if (first := seen.setdefault(_storage_key(value), full)) != full:
             capture.aliases[full] = first
             continue
@@ -296,11 +306,23 @@ def _hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield clean_name(f"{prefix}.{name}" if prefix else name), value
 
 
+def _is_extra(name: str, value: Any) -> bool:
+    """What a module returns from get_extra_state; a tensor from there is a new one at each call."""
+    return not isinstance(value, torch.Tensor) or name.rpartition(".")[2] == "_extra_state"
+
+
 def _storage_key(value: torch.Tensor) -> Any:
+    if value.layout != torch.strided or value.is_meta:
+        return id(value)  # no address to compare; the plan refuses it by name
     if isinstance(value, DTensor) or value.numel() == 0:
         local = value.to_local() if isinstance(value, DTensor) else value
         return id(value) if local.numel() == 0 else (local.data_ptr(), tuple(value.shape), str(value.dtype))
     return (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+
+
+def _member_names(index: int, group: Mapping[str, Any], names: dict[int, str]) -> list[str]:
+    """Names of a group's parameters; those of no model by their place."""
+    return [names.get(id(p), f"~group{index}.{i}") for i, p in enumerate(group["params"])]
 
 
 def _capture_optimizer(
@@ -309,7 +331,7 @@ def _capture_optimizer(
     """Reads `optimizer.state`; torch's own get_state_dict would step a fresh optimizer."""
     groups, state = [], {}
     for index, group in enumerate(optimizer.param_groups):
-        members = [names.get(id(p), f"~group{index}.{i}") for i, p in enumerate(group["params"])]
+        members = _member_names(index, group, names)
         hyper = {key: value for key, value in group.items() if key != "params"}
         groups.append({"params": members, "settings": encode(hyper, f"{place}/~groups/{index}", tensors)})
         for name, parameter in zip(members, group["params"], strict=True):
@@ -336,11 +358,11 @@ def _restore_optimizer(
         before = then[index] if then and index < len(then) else today[index]
         merged = merge_settings(saved["settings"], before, today[index], f"{place}[{index}]", changes)
         for key, value in decode(merged, lambda name, device: source.create(name, CPU)).items():
-            if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
-                group[key].copy_(value)  # a capturable learning rate is read through this very tensor
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].copy_(torch.as_tensor(value))  # a capturable learning rate is read through this very tensor
             else:
-                group[key] = value
-        for name, parameter in zip(saved["params"], group["params"], strict=True):
+                group[key] = _plain_setting(value)
+        for name, parameter in zip(_member_names(index, group, names), group["params"], strict=True):
             if name in json["state"]:
                 optimizer.state[parameter] = decode(json["state"][name], _state_loader(source, parameter))
     for key, value in decode(json["loose"], lambda name, device: source.create(name, CPU)).items():
@@ -380,7 +402,7 @@ def _fill_own(source: TensorSource, name: str, value: torch.Tensor) -> None:
 def _unique_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     seen: set[Any] = set()
     for raw, value in model.state_dict().items():
-        if isinstance(value, torch.Tensor) and (key := _storage_key(value)) not in seen:
+        if not _is_extra(raw, value) and (key := _storage_key(value)) not in seen:
             seen.add(key)
             yield clean_name(raw), value
 

@@ -248,7 +248,8 @@ class Trainer:
         """One tracker run over all attempts: what was recorded after the checkpoint is cut off."""
         if self.config.log_with is None:
             return
-        purge = {"tensorboard": {"purge_step": run.global_step + 1}} if run.resumed_from else {}
+        # In a fresh start, too: an attempt that died before its first checkpoint has recorded steps.
+        purge = {"tensorboard": {"purge_step": run.global_step + 1}}
         self.accelerator.init_trackers(os.path.basename(os.path.normpath(self.config.run_dir)), init_kwargs=purge)
 
     def _global_batch_size(self) -> int:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.errors import DeadlineError, DisagreementError
+from dist_train import errors
+from dist_train.errors import DeadlineError, DisagreementError, DistTrainError
 
 Json = Any
 CONTROL_TIMEOUT_SECONDS = 1800.0
@@ -78,6 +79,17 @@ class World(ABC):
     @abstractmethod
     def open_mailbox(self) -> Mailbox:
         """A client of its own for one background thread."""
+
+    def on_main(self, work: Callable[[], Json], what: str) -> Json:
+        """The main rank's JSON result, on every rank; its errors are raised on every rank alike.
+
+        Raises:
+            DistTrainError: of the class that `work` raised; an OSError becomes a StorageError.
+        """
+        answer = self.broadcast(_attempt(work) if self.is_main else None, what)
+        if "error" in answer:
+            raise getattr(errors, answer["error"])(answer["message"])
+        return answer["value"]
 
     def gather_floats(self, values: list[float]) -> list[list[float]]:
         """Every rank's float64 values, in rank order, bit for bit (`float.hex` keeps NaN and infinities too)."""
@@ -146,6 +158,7 @@ class TorchWorld(World):
         self.world_size = dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._timeout_seconds = timeout_seconds
+        self._thread = threading.get_ident()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         # Keys of an earlier world in the same store must not be taken for ours.
         self._prefix = f"dist_train/{self.broadcast(uuid.uuid4().hex, 'the mailbox prefix')}"
@@ -192,6 +205,7 @@ class TorchWorld(World):
         return [int(value) for value in tensor.tolist()]
 
     def _run(self, what: str, collective: Callable[[], Any]) -> None:
+        assert threading.get_ident() == self._thread, f"law 10: {what} was asked for in a background thread"
         started = time.monotonic()
         try:
             collective()
@@ -225,6 +239,16 @@ class _StoreMailbox(Mailbox):
         value = self._store.get(full)
         self._store.delete_key(full)
         return bytes(value)
+
+
+def _attempt(work: Callable[[], Json]) -> Json:
+    try:
+        return {"value": work()}
+    except DistTrainError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    except OSError as error:
+        message = f"{error}. Check the run directory and run the same command again."
+        return {"error": "StorageError", "message": message}
 
 
 def current_world() -> World:
@@ -321,7 +345,7 @@ def _join(store: dist.Store, rank: int, world_size: int, timeout_seconds: float 
         if roster.get("complete"):
             return str(roster["generation"])
         time.sleep(_POLL_SECONDS)
-    missing = [r for r in range(world_size) if not _acknowledged(store, base, roster, r)] if rank == 0 else []
+    missing = _missing(store, base, world_size, roster) if rank == 0 else []
     raise DeadlineError(
         f"Rank {rank} waited {timeout_seconds:.0f} s for all {world_size} ranks to join"
         + (f"; missing: ranks {missing}" if missing else "; rank 0 did not complete the roster")
@@ -355,6 +379,13 @@ def _follow(store: dist.Store, base: str, rank: int, mine: str, known: dict[str,
     if roster["generation"] != known.get("generation"):
         store.set(f"{base}/{rank}/acknowledged", roster["generation"])
     return roster
+
+
+def _missing(store: dist.Store, base: str, world_size: int, roster: dict[str, Any]) -> list[int]:
+    """Ranks that have written no id or, of a roster, have not acknowledged it (what is there is a dead rank's)."""
+    if not roster:
+        return [rank for rank in range(1, world_size) if not store.check([f"{base}/{rank}"])]
+    return [rank for rank in range(1, world_size) if not _acknowledged(store, base, roster, rank)]
 
 
 def _acknowledged(store: dist.Store, base: str, roster: dict[str, Any], rank: int) -> bool:

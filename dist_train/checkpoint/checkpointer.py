@@ -14,16 +14,13 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dist_train import errors
-from dist_train.checkpoint import branch
-from dist_train.checkpoint.catalog import committed, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.manifest import (
     CHECKPOINTS,
-    CORRUPT_PREFIX,
     RUN_FILE,
     SAVING_PREFIX,
     TRASH_PREFIX,
@@ -36,16 +33,14 @@ from dist_train.checkpoint.manifest import (
 from dist_train.checkpoint.ownership import Ownership
 from dist_train.checkpoint.plan import Plan, make_plan, signature_of
 from dist_train.checkpoint.policy import CheckpointPolicy
-from dist_train.checkpoint.reader import CheckpointReader
-from dist_train.checkpoint.resume import ResumeRequest, select_candidates
+from dist_train.checkpoint.restorer import Opened, Restorer
 from dist_train.checkpoint.retention import select_best, select_deletions
 from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
-from dist_train.checkpoint.verify import verify_checkpoint
-from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, SaveJob, Writer, discard
+from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, SaveJob, Writer, describe_error, discard
 from dist_train.console import bytes_text
-from dist_train.errors import CorruptCheckpointError, DistTrainError, FormatVersionError, SaveFailedError
+from dist_train.errors import DistTrainError, SaveFailedError
 from dist_train.state import Capture
 from dist_train.world import World
 
@@ -68,18 +63,6 @@ class Draft:
     rank_state: dict[str, Json]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """What a checkpoint to resume from says, and access to its tensors."""
-
-    path: str
-    """As given to people: inside the run directory relative to the working directory."""
-    manifest: Manifest
-    reader: CheckpointReader
-    origin: Store
-    """The store it lies in: another run's when a path outside was given."""
-
-
 class Checkpointer:
     """Saves and restores one run. `open`, `restore`, `save` and `close` are collective.
 
@@ -96,8 +79,7 @@ class Checkpointer:
         self.attempt = 0
         self.committed: Progress | None = None
         """Progress of the newest durable checkpoint, as far as the main rank knows."""
-        self.problems: list[str] = []
-        """Checkpoints that could not be used at start, and why; for people."""
+        self._restorer = Restorer(store, world)
         self._ownership = Ownership(store) if world.is_main else None
         self._writer: Writer | None = None
         self._plan: Plan | None = None
@@ -106,13 +88,18 @@ class Checkpointer:
         self._serial = 0
         self._sequence = 0
         self._parent: str | None = None
-        self._branch: Json = None
         self._monitor: str | None = policy.monitor
         self.failures = 0
         """Saves that failed in a row."""
         self._fatal: DistTrainError | None = None
+        self._told_of_links = False
         self._verified: set[str] = set()
         self._protected: set[str] = set()
+
+    @property
+    def problems(self) -> list[str]:
+        """Checkpoints that could not be used at start, and why; for people."""
+        return self._restorer.problems
 
     @property
     def committed_step(self) -> int:
@@ -128,7 +115,7 @@ class Checkpointer:
             StorageError: not writable, or not one directory for all nodes.
             RunInUseError: another launch lives there.
         """
-        opening = self.on_main(self._take_over, "taking over the run directory")
+        opening = self.world.on_main(self._take_over, "taking over the run directory")
         self.run_id, self.attempt = opening["run_id"], opening["attempt"]
         require_shared(self.store, self.world, self.attempt)
         self._writer = Writer(self.store, self.world, self._ownership, self._after_commit)
@@ -145,105 +132,32 @@ class Checkpointer:
             self.store.replace(RUN_FILE, json.dumps(created).encode())
         for name in self.store.list(CHECKPOINTS):
             if name.startswith(SAVING_PREFIX):
-                self.problems.append(f"{name} is torn (its writer died before the commit); it was thrown away.")
+                self._restorer.problems.append(f"{name} is torn (its writer died before the commit): thrown away.")
                 self.store.rename(f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{TRASH_PREFIX}{attempt:06d}-{name[1:]}")
         return {"run_id": json.loads(self.store.read(RUN_FILE))["run_id"], "attempt": attempt}
 
     def _empty_trash(self) -> list[Event]:
-        for name in self.store.list(CHECKPOINTS):
-            if name.startswith(TRASH_PREFIX):
-                self.store.remove_tree(f"{CHECKPOINTS}/{name}")
+        try:
+            for name in self.store.list(CHECKPOINTS):
+                if name.startswith(TRASH_PREFIX):
+                    self.store.remove_tree(f"{CHECKPOINTS}/{name}")
+        except OSError as error:
+            logger.warning("Trash stays in %s until the next start: %s.", self.store.path(CHECKPOINTS), error)
         return []
-
-    def on_main(self, work: Callable[[], Json], what: str) -> Json:
-        """The main rank's JSON result on every rank; its package errors are raised on every rank alike."""
-        answer: Json = None
-        if self.world.is_main:
-            try:
-                answer = {"value": work()}
-            except DistTrainError as error:
-                answer = {"error": type(error).__name__, "message": str(error)}
-            except OSError as error:
-                message = f"{self.store.root}: {error}. Check the run directory and run the same command again."
-                answer = {"error": "StorageError", "message": message}
-        answer = self.world.broadcast(answer, what)
-        if "error" in answer:
-            raise getattr(errors, answer["error"])(answer["message"])
-        return answer["value"]
 
     # Restoring
 
     def restore(self, resume: str) -> Opened | None:
-        """The checkpoint to continue from, its digests verified; None is a fresh start.
-
-        Raises:
-            NoCheckpointError, ConfigError: what `resume` asks for cannot be had.
-            FormatVersionError: the newest checkpoint was written by a newer version.
-        """
-        request = ResumeRequest.parse(resume)
-        candidates = self.on_main(lambda: self._candidates(request), "the checkpoints to resume from")
-        for root, path, digest in candidates:
-            opened = self._try_open(root, path, digest)
-            if opened is not None:
-                self._accept(opened)
-                return opened
-        if candidates and request.kind in ("must", "path"):
-            raise errors.NoCheckpointError(
-                f"resume={resume!r}, but no checkpoint can be used. {' '.join(self.problems)} "
-                f"Give another one, or resume='auto' to start from the beginning."
-            )
-        return None
-
-    def _candidates(self, request: ResumeRequest) -> Json:
-        found = list_checkpoints(self.store)
-        for one in found:
-            if isinstance(one.problem, FormatVersionError):
-                raise one.problem
-        self._branch = branch.find_record(self.store, request.path, found, self.attempt)
-        self._sequence = max([branch.last_sequence(self._branch), *(one.sequence for _, one in committed(found))])
-        if request.kind == "path":
-            return branch.candidates(self.store, self._branch, found)
-        chosen = select_candidates(request, branch.without_left_behind(self._branch, found), str(self.store.root))
-        for one in found:
-            if one.problem is not None:
-                self._set_aside(one.path, str(one.problem))
-        return [[str(self.store.root), one.path, one.manifest.digest if one.manifest else ""] for one in chosen]
+        """The checkpoint to continue from, its digests verified; None is a fresh start. See `Restorer.find`."""
+        opened = self._restorer.find(resume, self.attempt)
+        self._sequence = self._restorer.last_sequence
+        if opened is not None:
+            self._accept(opened)
+        return opened
 
     def settle_branch(self) -> None:
         """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective."""
-        self.on_main(lambda: branch.settle(self.store, self._branch) if self._branch else None, "starting the branch")
-
-    def _try_open(self, root: str, path: str, digest: str) -> Opened | None:
-        """Collective: None on all ranks when any rank cannot use it."""
-        own = root == str(self.store.root)
-        store = self.store if own else Store(root)
-        opened, problem = self._open(store, path, digest)
-        problems = [text for text in self.world.gather(problem, f"whether {path} verifies") if text]
-        if not problems:
-            return opened
-        if opened is not None:
-            opened.reader.close()
-        if own and self.world.is_main:
-            self._set_aside(path, problems[0])
-        elif self.world.is_main:
-            self.problems.append(f"{root}/{path}: {problems[0]}")
-        return None
-
-    def _open(self, store: Store, path: str, digest: str) -> tuple[Opened | None, str]:
-        found = read_checkpoint(store, path)
-        if found.manifest is None:
-            return None, str(found.problem)
-        if found.manifest.digest != digest:
-            return None, f"rank {self.world.rank} reads manifest {found.manifest.digest}, the main rank {digest}"
-        share = sorted(found.manifest.files)[self.world.rank :: self.world.world_size]
-        damages = verify_checkpoint(store, path, found.manifest, files=share)
-        if damages:
-            return None, "; ".join(str(damage) for damage in damages)
-        try:
-            reader = CheckpointReader(store, path, found.manifest, rank=self.world.rank)
-        except (OSError, ValueError, CorruptCheckpointError) as error:
-            return None, str(error)
-        return Opened(path=str(store.path(path)), manifest=found.manifest, reader=reader, origin=store), ""
+        self._restorer.settle_branch()
 
     def _accept(self, opened: Opened) -> None:
         self._sequence = max(self._sequence, opened.manifest.sequence)
@@ -254,18 +168,6 @@ class Checkpointer:
             self.committed = opened.manifest.progress
             self._verified.add(relative)
             self._protected = {relative}
-
-    def _set_aside(self, path: str, problem: str) -> None:
-        """Renames a checkpoint that cannot be used, so that the same step can be committed again."""
-        full = str(self.store.path(path))
-        why = f"{full} cannot be used: {problem.removeprefix(f'{full}: ').rstrip('.')}."
-        if not self.store.exists(path):
-            self.problems.append(why)
-            return
-        name = path.rsplit("/", 1)[-1]
-        aside = f"{CHECKPOINTS}/{CORRUPT_PREFIX}a{self.attempt:06d}-{name}"
-        self.problems.append(f"{why} It is kept as {aside}.")
-        self.store.rename(path, aside)
 
     # Saving
 
@@ -279,7 +181,7 @@ class Checkpointer:
         assert self._writer is not None
         self._writer.join()
         plan = self._refresh_plan(capture)
-        begun = self.on_main(lambda: self._begin(draft), "where to save")
+        begun = self.world.on_main(lambda: self._begin(draft), "where to save")
         if "refused" in begun:
             return None
         if self._image is None:
@@ -320,6 +222,13 @@ class Checkpointer:
     def _begin(self, draft: Draft) -> Json:
         """Makes the staging folder; a disk that is full or broken refuses the save, not the training."""
         step = draft.progress.global_step
+        try:
+            return self._make_staging(step)
+        except OSError as error:
+            full = is_out_of_space(error)
+            return self._refuse(SaveFailed(global_step=step, message=describe_error(error), out_of_space=full))
+
+    def _make_staging(self, step: int) -> Json:
         free = self.store.free_bytes()
         needed = self._total_bytes + _MANIFEST_SLACK
         if free < needed:
@@ -328,10 +237,13 @@ class Checkpointer:
         copies = (step_name(step, copy) for copy in range(1 << 20))
         target = next(name for name in copies if not self.store.exists(f"{CHECKPOINTS}/{name}"))
         staging = f"{CHECKPOINTS}/{saving_name(target, self.attempt)}"
+        if self.store.exists(staging):  # a save of this step failed, and could not be cleared away then
+            discard(self.store, staging)
         try:
             self.store.make_directory(staging, exist_ok=False)
-        except OSError as error:
-            return self._refuse(SaveFailed(global_step=step, message=str(error), out_of_space=is_out_of_space(error)))
+        except OSError:
+            discard(self.store, staging)
+            raise
         return {"staging": staging, "target": target}
 
     def _refuse(self, failure: SaveFailed) -> Json:
@@ -408,13 +320,13 @@ class Checkpointer:
 
     def close(self, *, failed: bool = False) -> list[Event]:
         """Joins the writer, gives the directory and the memory back; returns the last events."""
-        events = []
+        events: list[Event] = []
         if self._writer is not None:
             if failed:
                 self._writer.hurry()
             self._writer.close()
             events = self.poll()
-        if self._ownership is not None and self._ownership.attempt:
+        if self._ownership is not None:
             self._ownership.release()
         if self._image is not None:
             self._image.close()
@@ -449,4 +361,8 @@ class Checkpointer:
             if best:
                 self.store.link("best", best[0][0])
         except OSError as error:
-            logger.warning("No 'latest' and 'best' links in %s: %s. Nothing depends on them.", self.store.root, error)
+            if not self._told_of_links:
+                logger.warning(
+                    "No 'latest' and 'best' links in %s: %s. Nothing depends on them.", self.store.root, error
+                )
+            self._told_of_links = True

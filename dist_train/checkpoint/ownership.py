@@ -125,7 +125,7 @@ class Ownership:
         if self._thread is not None:
             self._thread.join(timeout=10)
         with contextlib.suppress(OSError):
-            if self.is_held():
+            if self.attempt and self.is_held():
                 self._owner = replace(self._owner, released=True)
                 self._write()
 

@@ -141,8 +141,9 @@ class Store:
         full = self._before("create", path)
         descriptor = os.open(full, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         try:
-            self._before("write", path)
-            _write_full(descriptor, memoryview(data))
+            if data:
+                self._before("write", path)
+                _write_full(descriptor, memoryview(data))
             self._sync(descriptor, path)
         finally:
             os.close(descriptor)
@@ -154,7 +155,7 @@ class Store:
             if durable:
                 self.write_new(temporary, data)
             else:
-                Path(self._before("create", temporary)).write_bytes(data)
+                self._write_undurable(temporary, data)
             self.rename(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -162,6 +163,12 @@ class Store:
             raise
         if durable:
             self.sync_directory(os.path.dirname(path))
+
+    def _write_undurable(self, path: str, data: bytes) -> None:
+        full = self._before("create", path)
+        with open(full, "wb", buffering=0) as file:
+            self._before("write", path)
+            file.write(data)
 
     def append(self, path: str, text: str) -> None:
         """Appends to a file (not fsynced, see `sync_file`); a torn last line of a killed process is closed first."""

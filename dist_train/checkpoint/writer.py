@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import queue
 import threading
@@ -37,6 +38,7 @@ from dist_train.checkpoint.verify import RunningDigest
 from dist_train.errors import DeadlineError, DistTrainError, RunInUseError
 from dist_train.world import Mailbox, World
 
+logger = logging.getLogger(__name__)
 Json = Any
 RECEIPT_TIMEOUT_SECONDS = 1800.0
 """How long the main rank waits for the slowest rank's shards before it gives a save up."""
@@ -200,9 +202,13 @@ class Writer:
             fatal = error if isinstance(error, RunInUseError) else None
             full = is_out_of_space(error) or (isinstance(error, ShardError) and error.out_of_space)
             step = job.manifest.progress.global_step
-            return [SaveFailed(global_step=step, message=_describe(error), out_of_space=full, fatal=fatal)]
+            return [SaveFailed(global_step=step, message=describe_error(error), out_of_space=full, fatal=fatal)]
         self._events.put(done)  # told before retention, which may take long
-        return self._after_commit(done)
+        try:
+            return self._after_commit(done)
+        except OSError as error:
+            logger.warning("Links and retention after %s are left to the next commit: %s.", done.path, error)
+            return []
 
     def _collect(self, job: SaveJob) -> list[Json]:
         deadline = time.monotonic() + self._receipt_timeout
@@ -238,7 +244,7 @@ def write_shards(store: Store, job: SaveJob) -> Json:
             entry = _write_file(store, f"{job.staging}/{name}", *job.image.file(name))
             files[name] = {"size": entry.size, "digest": entry.digest, "blocks": entry.blocks}
     except OSError as error:
-        return {"error": _describe(error), "out_of_space": is_out_of_space(error)}
+        return {"error": describe_error(error), "out_of_space": is_out_of_space(error)}
     return {"files": files, "rank_state": job.rank_state}
 
 
@@ -318,7 +324,7 @@ def _receipt_key(job: SaveJob, rank: int) -> str:
     return f"receipt/{job.serial}/{rank} (rank {rank}'s shards of {job.target})"
 
 
-def _describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     if is_out_of_space(error):
         path = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"no space left on the device or quota exceeded{path}"

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -54,14 +56,20 @@ def run_command(command: Sequence[str], *, deadline_seconds: float, extra: Mappi
         raise AssertionError(
             f"still running after {deadline_seconds} s: {' '.join(command)}\n{output[-6000:]}"
         ) from None
-    finally:
+    except BaseException:
         end_session(process)
+        raise
     return Outcome(process.returncode, output)
 
 
 def end_session(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kills a process and all its descendants: torchrun starts each worker in a session of its own."""
+    family = [process.pid]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def torchrun(world_size: int, *script: str, max_restarts: int = 0) -> list[str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -46,6 +48,8 @@ class Numbered(Dataset[Any]):
 
 
 def small_model() -> nn.Module:
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 1))
 
@@ -257,7 +261,7 @@ class BrokenDisk:
     """A store whose data files cannot be created while `broken` is set."""
 
     broken: bool = False
-    error: int = errno.EIO
+    error: int = errno.EROFS
     refused: int = 0
 
     def __call__(self, operation: Operation) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ class Recorder:
 record = Recorder()
 
 
+def slow_down(run_class: Any, seconds: float) -> None:
+    step = run_class.step
+
+    def slow_step(run: Any, loss: Any = None) -> None:
+        time.sleep(seconds)
+        step(run, loss)
+
+    run_class.step = slow_step
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--loop", choices=("trainer", "own"), default="trainer")
@@ -105,6 +116,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--every-steps", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="no BatchNorm, dropout and noise")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep at each micro-step")
     parser.add_argument("--samples", default="", help="folder to record consumed samples in")
     args = parser.parse_args()
 
@@ -112,6 +124,8 @@ def main() -> int:
 
     if args.samples:
         record.install(dt.Run, args.samples)
+    if args.pause:
+        slow_down(dt.Run, args.pause)
     return train_with_trainer(args) if args.loop == "trainer" else train_in_own_loop(args)
 
 

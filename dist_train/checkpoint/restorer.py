@@ -1,0 +1,137 @@
+"""Which checkpoint a run continues from: found by the main rank, verified by all ranks together, opened on every rank.
+
+    scan (main rank) -> candidates (broadcast) -> verify (files split over ranks) -> the first that all ranks can open
+
+Invariant: what cannot be used is named with its reason and set aside, never deleted; all ranks open the same manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dist_train.checkpoint import branch
+from dist_train.checkpoint.catalog import committed, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.manifest import CHECKPOINTS, CORRUPT_PREFIX, Manifest
+from dist_train.checkpoint.reader import CheckpointReader
+from dist_train.checkpoint.resume import ResumeRequest, select_candidates
+from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.verify import verify_checkpoint
+from dist_train.errors import CorruptCheckpointError, FormatVersionError, NoCheckpointError
+from dist_train.world import World
+
+Json = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a checkpoint to resume from says, and access to its tensors."""
+
+    path: str
+    """As given to people: inside the run directory relative to the working directory."""
+    manifest: Manifest
+    reader: CheckpointReader
+    origin: Store
+    """The store it lies in: another run's when a path outside was given."""
+
+
+class Restorer:
+    """Finds and opens one checkpoint. `find` and `settle_branch` are collective."""
+
+    def __init__(self, store: Store, world: World) -> None:
+        self.problems: list[str] = []
+        """Checkpoints that could not be used, and why; on the main rank."""
+        self.last_sequence = 0
+        """The highest sequence that the run has used, on the main rank."""
+        self._store = store
+        self._world = world
+        self._attempt = 0
+        self._branch: Json = None
+
+    def find(self, resume: str, attempt: int) -> Opened | None:
+        """The checkpoint to continue from, its digests verified; None is a fresh start.
+
+        Raises:
+            NoCheckpointError, ConfigError: what `resume` asks for cannot be had.
+            FormatVersionError: the newest checkpoint was written by a newer version.
+        """
+        self._attempt = attempt
+        request = ResumeRequest.parse(resume)
+        candidates = self._world.on_main(lambda: self._candidates(request), "the checkpoints to resume from")
+        for root, path, digest in candidates:
+            opened = self._try_open(root, path, digest)
+            if opened is not None:
+                return opened
+        if candidates and request.kind in ("must", "path"):
+            raise NoCheckpointError(
+                f"resume={resume!r}, but no checkpoint can be used. {' '.join(self.problems)} "
+                f"Give another one, or resume='auto' to start from the beginning."
+            )
+        return None
+
+    def _candidates(self, request: ResumeRequest) -> Json:
+        found = list_checkpoints(self._store)
+        for one in found:
+            if isinstance(one.problem, FormatVersionError):
+                raise one.problem
+        self._branch = branch.find_record(self._store, request.path, found, self._attempt)
+        self.last_sequence = max([branch.last_sequence(self._branch), *(one.sequence for _, one in committed(found))])
+        if request.kind == "path":
+            return branch.candidates(self._store, self._branch, found)
+        chosen = select_candidates(request, branch.without_left_behind(self._branch, found), str(self._store.root))
+        for one in found:
+            if one.problem is not None:
+                self._set_aside(one.path, str(one.problem))
+        return [[str(self._store.root), one.path, one.manifest.digest if one.manifest else ""] for one in chosen]
+
+    def settle_branch(self) -> None:
+        """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective."""
+        self._world.on_main(
+            lambda: branch.settle(self._store, self._branch) if self._branch else None, "starting the branch"
+        )
+
+    def _try_open(self, root: str, path: str, digest: str) -> Opened | None:
+        """Collective: None on all ranks when any rank cannot use it."""
+        own = root == str(self._store.root)
+        store = self._store if own else Store(root)
+        opened, problem = self._open(store, path, digest)
+        problems = [text for text in self._world.gather(problem, f"whether {path} verifies") if text]
+        if not problems:
+            return opened
+        if opened is not None:
+            opened.reader.close()
+        name_it = self._set_aside if own else self._pass_over
+        self._world.on_main(lambda: name_it(path, problems[0]), f"what becomes of {path}")
+        return None
+
+    def _open(self, store: Store, path: str, digest: str) -> tuple[Opened | None, str]:
+        found = read_checkpoint(store, path)
+        if found.manifest is None:
+            return None, str(found.problem)
+        if found.manifest.digest != digest:
+            return None, f"rank {self._world.rank} reads manifest {found.manifest.digest}, the main rank {digest}"
+        share = sorted(found.manifest.files)[self._world.rank :: self._world.world_size]
+        damages = verify_checkpoint(store, path, found.manifest, files=share)
+        if damages:
+            return None, "; ".join(str(damage) for damage in damages)
+        try:
+            reader = CheckpointReader(store, path, found.manifest, rank=self._world.rank)
+        except (OSError, ValueError, CorruptCheckpointError) as error:
+            return None, str(error)
+        return Opened(path=str(store.path(path)), manifest=found.manifest, reader=reader, origin=store), ""
+
+    def _pass_over(self, path: str, problem: str) -> None:
+        """Another run's checkpoint is left as it is."""
+        self.problems.append(f"{path} cannot be used: {problem}.")
+
+    def _set_aside(self, path: str, problem: str) -> None:
+        """Renames a checkpoint that cannot be used, so that the same step can be committed again."""
+        full = str(self._store.path(path))
+        why = f"{full} cannot be used: {problem.removeprefix(f'{full}: ').rstrip('.')}."
+        if not self._store.exists(path):
+            self.problems.append(why)
+            return
+        name = path.rsplit("/", 1)[-1]
+        aside = f"{CHECKPOINTS}/{CORRUPT_PREFIX}a{self._attempt:06d}-{name}"
+        self.problems.append(f"{why} It is kept as {aside}.")
+        self._store.rename(path, aside)
