@@ -177,7 +177,9 @@ class Trainer:
                     run.step(loss=loss)
                 if run.epoch_is_complete:
                     run.end_epoch(**self._evaluate(run))
-            self.accelerator.end_training() if self.config.log_with else None
+        # Not Accelerate's end_training(): it destroys the process group, by which the ranks agree on the end.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return TrainResult(
             status=run.reason or StopReason.ERROR,
             exit_code=run.exit_code,

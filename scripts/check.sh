@@ -48,4 +48,5 @@ stage 'ruff format' python -m ruff format --check .
 stage 'ruff check' python -m ruff check .
 stage mypy python -m mypy
 header pytest
-exec python -m pytest ${tests[@]+"${tests[@]}"}
+# Two files at a time: a test that starts ranks mostly waits for them to start. A file's tests share their fixtures.
+exec python -m pytest -n 2 --dist loadfile ${tests[@]+"${tests[@]}"}

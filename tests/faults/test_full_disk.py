@@ -120,13 +120,19 @@ def test_lines_that_a_full_disk_took_in_part_are_there_once_when_it_has_room_aga
     metrics, log = MetricsLog(store), EventLog(store)
     metrics.start(1, None, 0)
     for number in range(200):  # across several pages of both files
-        fill(small_disk) if number == 20 else None
+        if number == 20:
+            fill(small_disk)
+        if number == 170:  # room for a part of what is waiting
+            free(small_disk)
+            fill(small_disk, leave=4096)
         metrics.write(kind="step", global_step=number)
         log.write("failed", global_step=number)
     assert len(read_metrics(store)) < 200
     free(small_disk)
     log.write("committed", global_step=200)
     metrics.flush()
+    raw = [line for line in (small_disk / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert len(raw) > 201, "no line was written twice: the fault did not fire"
     assert [record["global_step"] for record in read_metrics(store)] == list(range(200))
     lines = [line for line in (small_disk / "run.jsonl").read_text().splitlines() if line.endswith("}")]
     assert {json.loads(line)["global_step"] for line in lines} == set(range(201))

@@ -1,6 +1,6 @@
 """What each rank of a real world sees, written to a file a rank: for tests that compare the ranks' answers.
 
-    ranks.py collectives|replicas|own-buffers|lost-peer|silent-peer OUT
+ranks.py collectives|replicas|own-buffers|lost-peer|silent-peer OUT
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.errors import DeadlineError, DisagreementError

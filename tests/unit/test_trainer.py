@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -340,3 +341,19 @@ def test_the_tracker_of_every_attempt_cuts_off_what_came_after_the_checkpoint(
         )
         ready.fit()
     assert purges == [("run", {"tensorboard": {"purge_step": step}}) for step in (1, 3)]
+
+
+def test_trackers_are_finished_once_the_end_is_saved_and_the_process_group_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate's end_training() destroys the group by which several ranks agree on the end."""
+    ready = trainer(tmp_path, max_steps=2)
+    told: list[str] = []
+    tracker = SimpleNamespace(
+        log=lambda values, step: told.append("log"),
+        finish=lambda: told.append(json.loads((tmp_path / "status.json").read_text())["status"]),
+    )
+    monkeypatch.setattr(ready.accelerator, "trackers", [tracker])
+    monkeypatch.setattr(ready.accelerator.state, "destroy_process_group", lambda: told.append("destroyed"))
+    ready.fit()
+    assert told == ["log", "log", "done"]
