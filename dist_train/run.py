@@ -202,7 +202,8 @@ class Run:
             self._reporter.events.attempt = self._checkpointer.attempt
             self._opened = self._checkpointer.restore(self._resume)
             self._restore() if self._opened else self._start_fresh()
-            self._checkpointer.settle_branch()
+            if self._checkpointer.settle_branch():
+                self._reporter.events.write("branched", path=self.resumed_from, global_step=self.global_step)
         except BaseException:
             self._checkpointer.close(failed=True)
             raise

@@ -68,13 +68,17 @@ def without_left_behind(record: Json, found: Sequence[Found]) -> list[Found]:
     return [one for one in found if not _is_left_behind(record, one)]
 
 
-def settle(store: Store, record: Json) -> None:
-    """Records the branch, then moves what it leaves behind; both only where not done yet."""
-    if record != _read_record(store):
+def settle(store: Store, record: Json) -> bool:
+    """Records the branch, then moves what it leaves behind; both only where not done yet. Whether it is a new one."""
+    if record is None:
+        return False
+    is_new = record != _read_record(store)
+    if is_new:
         store.replace(BRANCH_FILE, json.dumps(record).encode())
     for one in list_checkpoints(store):
         if _is_left_behind(record, one):
             _abandon(store, one.path, record["attempt"])
+    return bool(is_new)
 
 
 def _is_left_behind(record: Json, one: Found) -> bool:

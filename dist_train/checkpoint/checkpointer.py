@@ -21,6 +21,7 @@ from dist_train import errors
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.manifest import (
     CHECKPOINTS,
+    FORMAT_VERSION,
     RUN_FILE,
     SAVING_PREFIX,
     TRASH_PREFIX,
@@ -127,14 +128,22 @@ class Checkpointer:
         self.store.require_writable()
         attempt = self._ownership.acquire()
         self.store.make_directory(CHECKPOINTS)
-        if not self.store.exists(RUN_FILE):
-            created = {"run_id": uuid.uuid4().hex, "created": time.time(), "format": 1}
-            self.store.replace(RUN_FILE, json.dumps(created).encode())
         for name in self.store.list(CHECKPOINTS):
             if name.startswith(SAVING_PREFIX):
                 self._restorer.problems.append(f"{name} is torn (its writer died before the commit): thrown away.")
                 self.store.rename(f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{TRASH_PREFIX}{attempt:06d}-{name[1:]}")
-        return {"run_id": json.loads(self.store.read(RUN_FILE))["run_id"], "attempt": attempt}
+        return {"run_id": self._identify(), "attempt": attempt}
+
+    def _identify(self) -> str:
+        """The run's id; where run.json is missing or damaged, that of the newest checkpoint, or a new one."""
+        try:
+            return str(json.loads(self.store.read(RUN_FILE))["run_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            known = committed(list_checkpoints(self.store))
+        run_id = known[-1][1].run_id if known else uuid.uuid4().hex
+        created = {"run_id": run_id, "created": time.time(), "format": FORMAT_VERSION}
+        self.store.replace(RUN_FILE, json.dumps(created).encode())
+        return run_id
 
     def _empty_trash(self) -> list[Event]:
         try:
@@ -155,9 +164,9 @@ class Checkpointer:
             self._accept(opened)
         return opened
 
-    def settle_branch(self) -> None:
-        """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective."""
-        self._restorer.settle_branch()
+    def settle_branch(self) -> bool:
+        """Once the state is restored: see `Restorer.settle_branch`."""
+        return self._restorer.settle_branch()
 
     def _accept(self, opened: Opened) -> None:
         self._sequence = max(self._sequence, opened.manifest.sequence)

@@ -101,6 +101,9 @@ class Ownership:
             raise RunInUseError(self._in_use("another launch started at the same moment")) from error
         self._owner = replace(self._owner, attempt=attempt)
         self._write()
+        for name in self._store.list(ATTEMPTS):
+            if name.endswith(".tmp"):  # a killed owner's; one that still beats writes another
+                self._store.unlink(f"{ATTEMPTS}/{name}")
         self._thread = threading.Thread(target=self._keep_beating, name="dist_train-heartbeat", daemon=True)
         self._thread.start()
         return attempt

@@ -84,11 +84,13 @@ class Restorer:
                 self._set_aside(one.path, str(one.problem))
         return [[str(self._store.root), one.path, one.manifest.digest if one.manifest else ""] for one in chosen]
 
-    def settle_branch(self) -> None:
-        """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective."""
-        self._world.on_main(
-            lambda: branch.settle(self._store, self._branch) if self._branch else None, "starting the branch"
-        )
+    def settle_branch(self) -> bool:
+        """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective.
+
+        Returns:
+            Whether a branch was started now.
+        """
+        return bool(self._world.on_main(lambda: branch.settle(self._store, self._branch), "starting the branch"))
 
     def _try_open(self, root: str, path: str, digest: str) -> Opened | None:
         """Collective: None on all ranks when any rank cannot use it."""

@@ -41,7 +41,10 @@ def select_deletions(
         monitor: the metric that decides what is best.
     """
     own = sorted((one for one in checkpoints if one[1].run_id == run_id), key=lambda one: one[1].sequence)
-    keep = {path for path, _ in own[-policy.keep_last :]} | set(protected)
+    # A step that was saved before its evaluation and again after it counts once.
+    newest_of_step = {manifest.progress.global_step: path for path, manifest in own}
+    current = [path for path, manifest in own if newest_of_step[manifest.progress.global_step] == path]
+    keep = {*current[-policy.keep_last :], *protected}
     keep |= {path for path, _ in select_best(own, monitor, policy.mode, policy.keep_best)}
     minimum = 1 if policy.keep_last == 1 else 2
     if len([path for path, _ in own if path in keep and path in verified]) < minimum:

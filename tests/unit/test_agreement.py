@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_short_steps_agree_as_often_as_one_percent_of_the_time_allows() -> None:
     agreement = Agreement(OtherRanks(clock, seconds=0.001), clock=lambda: clock[0])
     steps = train(agreement, clock, step_seconds=0.01, exchanges=12)
     assert steps[-1] == 10  # 1 ms of every 100 ms
-    assert all(later <= 2 * max(earlier, 1) for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later <= 2 * max(earlier, 1) for earlier, later in pairwise(steps))
 
 
 def test_very_short_steps_agree_at_least_every_so_many_steps() -> None:

@@ -142,6 +142,6 @@ def test_a_flipped_byte_is_found_before_the_model_is_touched(run_dir: Path) -> N
 def test_a_model_that_does_not_fit_is_unchanged(run_dir: Path) -> None:
     model = smooth_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(StateMismatchError, match="does not fit the model: .* The model is unchanged"):
+    with pytest.raises(StateMismatchError, match=r"does not fit the model: .* The model is unchanged"):
         load_model(str(run_dir), "latest", model)
     assert all(same_bits(before[name], value) for name, value in model.state_dict().items())

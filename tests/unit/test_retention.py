@@ -109,3 +109,9 @@ def test_nan_is_never_the_best() -> None:
     rows = [row(1, math.nan), row(2, 7.0), row(3)]
     assert [path for path, _ in select_best(rows, "val", "min", 3)] == ["c/run-2"]
     assert select_best(rows, None, "min", 3) == []
+
+
+def test_a_step_that_was_saved_before_and_after_its_evaluation_counts_once() -> None:
+    rows = [("c/1", manifest(1, step=1)), ("c/2", manifest(2, step=2)), ("c/2.1", manifest(3, step=2))]
+    everything = [path for path, _ in rows]
+    assert select_deletions(rows, CheckpointPolicy(keep_last=2), run_id="run", verified=everything) == ["c/2"]

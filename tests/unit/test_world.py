@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -161,8 +161,8 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def store() -> Iterator[dist.Store]:
-    yield dist.HashStore()
+def store() -> dist.Store:
+    return dist.HashStore()
 
 
 def join_all(store: dist.Store, world_size: int) -> str:
