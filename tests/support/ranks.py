@@ -143,8 +143,10 @@ def replicas() -> dict[str, Any]:
             buffer.fill_(world.rank + 1)
     with evaluating(ddp, world) as inner:
         seen["evaluated_with"] = [float(buffer.max()) for buffer in inner.buffers()]
-        inner(batch_of(world.rank)[0])
-    squared_error(ddp, batch_of(world.rank)).backward()  # its forward takes over the main rank's buffers again
+        ddp(batch_of(world.rank)[0])  # turns DDP's next exchange of buffers off, which must not last
+    for buffer in model.buffers():
+        buffer.detach().fill_(world.rank + 1)
+    squared_error(ddp, batch_of(world.rank)).backward()  # its forward takes over the main rank's buffers
     seen["after"] = [float(buffer.float().sum()) for buffer in model.buffers()]
     own = small_model()
     keeper = DistributedDataParallel(own, broadcast_buffers=False)

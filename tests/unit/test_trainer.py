@@ -181,6 +181,21 @@ def test_the_scheduler_steps_once_an_update(tmp_path: Path) -> None:
     assert rates == [0.05, 0.05, 0.025, 0.025, 0.025, 0.0125, 0.0125, 0.0125, 0.00625, 0.00625]
 
 
+def test_the_scheduler_waits_for_updates_that_amp_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = trainer(tmp_path, epochs=1)
+    updates = iter([True, False, True, False, False])
+    step = ready.optimizer.step
+
+    def step_or_skip() -> None:
+        skipped = next(updates)
+        monkeypatch.setattr(type(ready.accelerator), "optimizer_step_was_skipped", skipped)
+        None if skipped else step()
+
+    monkeypatch.setattr(ready.optimizer, "step", step_or_skip)
+    result = ready.fit()
+    assert (ready.scheduler.last_epoch, result.global_step, result.epochs_completed) == (3, 3, 1)
+
+
 def test_accumulation_follows_from_the_global_batch(tmp_path: Path) -> None:
     """With and without it the same updates, to the rounding of float32."""
     fit(tmp_path / "one", model=smooth_model(), epochs=1)
@@ -350,6 +365,7 @@ def test_trackers_are_finished_once_the_end_is_saved_and_the_process_group_is_le
     ready = trainer(tmp_path, max_steps=2)
     told: list[str] = []
     tracker = SimpleNamespace(
+        name="fake",
         log=lambda values, step: told.append("log"),
         finish=lambda: told.append(json.loads((tmp_path / "status.json").read_text())["status"]),
     )
