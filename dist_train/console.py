@@ -210,6 +210,8 @@ def _finite(value: Json) -> Json:
     """NaN and infinities as strings: JSON has none."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

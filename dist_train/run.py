@@ -116,11 +116,16 @@ class Run:
         )
         self._config = encode(dict(self._options.config or {}), "config", {})
         self._require_one_world()
+        self._store = self._options.open_store(self.run_dir)
+        self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
+        self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
+        self._agreement = Agreement(self.world)
+        self._checkpointer = Checkpointer(self._store, self.world, self._policy)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._opened: Opened | None = None
         self._rng: Json = None
         self._stop: StopReason | None = None
-        self._save_requested = False
+        self._save_requested = self._wait_requested = False
         self._last_saved_step = -1
         self._last_save_time = 0.0
         self._committed_step = -1
@@ -188,11 +193,6 @@ class Run:
     # Entering and leaving
 
     def __enter__(self) -> Self:
-        self._store = self._options.open_store(self.run_dir)
-        self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
-        self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
-        self._agreement = Agreement(self.world)
-        self._checkpointer = Checkpointer(self._store, self.world, self._policy)
         self._environment = describe_environment(self.world.world_size, self.device)
         for model in self._models.values():
             fix_bucket_layout(model)
@@ -215,7 +215,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._reporter.console.end_live()
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self._leave()
         else:
             self._leave_after(error)
@@ -388,15 +388,15 @@ class Run:
         """Saves now (all ranks call it), or at the end of the window in progress.
 
         Args:
-            wait: return only when the checkpoint is durable, or has failed and was reported.
+            wait: go on only when the checkpoint is durable, or has failed and was reported; inside a window it is the
+                `step` that ends it which waits.
         """
         if self._feed.in_window:
-            self._save_requested = True
+            self._save_requested, self._wait_requested = True, wait or self._wait_requested
             return
         self._save("requested")
         if wait:
-            self._checkpointer.wait()
-            self._report(self._checkpointer.poll())
+            self._wait_for_save()
 
     # Inside the loop
 
@@ -445,7 +445,7 @@ class Run:
     def _boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
         self._report(self._checkpointer.poll())
-        agreed = self._agree(force=ends_epoch)
+        agreed = self._agree(force=ends_epoch or self._save_requested)
         self._raise_failures(agreed)
         if self._reached_max_steps:
             self._stop = self._stop or StopReason.DONE
@@ -465,6 +465,13 @@ class Run:
         )
         if reason := should_save(self._policy, moment):
             self._save(reason)
+        if self._wait_requested:
+            self._wait_requested = False
+            self._wait_for_save()
+
+    def _wait_for_save(self) -> None:
+        self._checkpointer.wait()
+        self._report(self._checkpointer.poll())
 
     def _agree(self, *, force: bool) -> Agreed:
         due = self._agreement.is_due()

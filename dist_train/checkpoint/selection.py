@@ -88,8 +88,8 @@ def _locate(store: Store, path: str) -> tuple[Store, Found]:
     folder = next((one for one in places if os.path.isdir(one)), None)
     if folder is None:
         raise NoCheckpointError(
-            f"--checkpoint {path}: expected latest, best, step:N or the path of a checkpoint folder, and there is no "
-            f"such folder. `dist-train ls {store.root}` lists what there is."
+            f"{path!r} is no checkpoint: expected latest, best, step:N or the path of a checkpoint folder, and there "
+            f"is no such folder. `dist-train ls {store.root}` lists what there is."
         )
     full = os.path.realpath(folder)
     root = os.path.realpath(store.root)

@@ -115,7 +115,9 @@ def test_a_run_without_metrics_has_no_best(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_nothing_is_an_error_that_says_what_may_be_given(run_dir: Path) -> None:
-    with pytest.raises(NoCheckpointError, match=r"newest: expected latest, best, step:N or the path"):
+    with pytest.raises(
+        NoCheckpointError, match=r"'newest' is no checkpoint: expected latest, best, step:N or the path"
+    ):
         load_model(str(run_dir), "newest", blank())
 
 

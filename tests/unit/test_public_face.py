@@ -22,7 +22,7 @@ ALLOWED = {
     "checkpoint/writer.py:Writer.close": "`Writer.join` of its own, which has a deadline",
     "checkpoint/checkpointer.py:Checkpointer.save": "`Writer.join`, which has a deadline",
     "checkpoint/checkpointer.py:Checkpointer.wait": "`Writer.join`, which has a deadline",
-    "run.py:Run.save": "`Checkpointer.wait`, which is `Writer.join`",
+    "run.py:Run._wait_for_save": "`Checkpointer.wait`, which is `Writer.join`",
     "run.py:Run._save_end": "`Checkpointer.wait`, which is `Writer.join`",
     "world.py:_StoreMailbox.take": "`get` after `wait` with a deadline: the key is there",
     "world.py:_lead": "`get` after `check`: the keys are there",

@@ -306,6 +306,27 @@ def test_a_save_inside_a_window_waits_for_its_end(run_dir: Path) -> None:
     ]
 
 
+def test_a_save_inside_a_window_that_is_waited_for_is_durable_when_the_window_ends(run_dir: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def ask(run: Run) -> None:
+        seen.append((run.global_step, run.committed_step))
+        if len(loop.used) == 2:
+            run.save(wait=True)
+
+    loop = SmallRun(
+        run_dir=run_dir,
+        epochs=1,
+        model=smooth_model(),
+        accelerator=Accelerator(cpu=True),
+        micro_batch_size=1,
+        policy=AT_THE_END,
+        at_step=ask,
+    )
+    loop.train()
+    assert seen[:4] == [(0, -1), (0, -1), (0, -1), (1, 1)]
+
+
 def test_a_save_that_is_waited_for_is_durable_on_return(run_dir: Path, make_accelerator: Callable[[], Any]) -> None:
     seen: list[tuple[int, bool]] = []
 
@@ -1150,6 +1171,23 @@ def test_properties_of_a_fresh_run(run_dir: Path) -> None:
         assert (run.global_step, run.epoch, run.epochs_completed, run.attempt) == (0, 0, 0, 1)
         assert (run.committed_step, run.best, run.metrics, run.should_stop) == (-1, None, {}, False)
         assert (run.loss_weight, run.device, run.resumed_from) == (1.0, torch.device("cpu"), None)
+
+
+def test_properties_before_entry_are_those_of_a_fresh_run_and_touch_no_file(run_dir: Path) -> None:
+    run = Run(str(run_dir), model=smooth_model())
+    assert (run.global_step, run.epoch, run.epochs_completed, run.attempt) == (0, 0, 0, 0)
+    assert (run.committed_step, run.best, run.metrics, run.should_stop) == (-1, None, {}, False)
+    assert not run_dir.exists()
+
+
+def test_leaving_by_sys_exit_0_is_a_good_end(run_dir: Path) -> None:
+    model = smooth_model()
+    with pytest.raises(SystemExit), Run(str(run_dir), model=model) as run:
+        run.step()
+        raise SystemExit(0)
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["status"], status["exit_code"], status["global_step"]) == ("done", 0, 1)
+    assert run.committed_step == 1
 
 
 def test_the_package_logger_is_left_with_one_handler(run_dir: Path) -> None:
