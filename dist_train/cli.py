@@ -163,7 +163,7 @@ def _verify_one(store: Store, found: Found, meter: _Meter) -> dict[str, Json] | 
     if damages and not store.is_directory(found.path):
         return None
     return {
-        "path": str(store.path(found.path)),
+        "path": store.shown(found.path),
         "ok": not damages,
         "bytes": manifest.num_bytes if manifest else 0,
         "files": len(manifest.files) if manifest else 0,

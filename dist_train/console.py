@@ -54,7 +54,7 @@ class Console:
         """One plain line, on the main rank."""
         if self._enabled:
             self._clear()
-            print(text, file=self._stream, flush=True)
+            self._print(text, end="\n")
             self._draw()
 
     def show(self, text: str) -> None:
@@ -71,11 +71,18 @@ class Console:
 
     def _clear(self) -> None:
         if self._live:
-            print("\r" + " " * len(self._live) + "\r", end="", file=self._stream)
+            self._print("\r" + " " * len(self._live) + "\r", end="")
 
     def _draw(self) -> None:
         if self._live:
-            print("\r" + self._live, end="", file=self._stream, flush=True)
+            self._print("\r" + self._live, end="")
+
+    def _print(self, text: str, end: str) -> None:
+        """A reader who has gone away (`| head`) must not end a training."""
+        try:
+            print(text, end=end, file=self._stream, flush=True)
+        except OSError:
+            self._enabled = False
 
 
 def print_text(text: str, *, error: bool = False) -> None:

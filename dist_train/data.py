@@ -30,6 +30,7 @@ from dist_train.errors import ConfigError
 from dist_train.order import EpochLayout, derive_seed, require_at_least_one, sample_order, split
 
 _DECIDED_HERE: Final = {"batch_size", "sampler", "batch_sampler", "shuffle", "drop_last", "generator", "in_order"}
+_ORPHAN_SECONDS: Final = 2.0  # how often a worker looks whether its parent is still there
 _STEPS_PER_BLOCK: Final = 64  # micro-steps permuted in one vectorised call
 # What a seed is for. Python's and numpy's generators are the same Mersenne Twister: seeded alike they would draw alike.
 # 0 is the order's.
@@ -201,25 +202,30 @@ def _training_rngs_kept() -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
-def _start_worker(then: Callable[[int], None] | None, worker_id: int) -> None:
+def _start_worker(then: Callable[[int], None] | None, loader_pid: int, worker_id: int) -> None:
     """Keeps a stop signal to the whole job from killing the workers before the loop reads its flag.
 
     SIGTERM is obeyed from the parent alone. Were it ignored outright, a DataLoader that is alive when Python exits
     would hang there for ever: `multiprocessing` terminates its children, then waits for them.
     """
+    parent = os.getppid()
+    if parent == 1 != loader_pid:
+        os._exit(0)  # the parent was killed while this worker started; torch's own watchdog would never notice
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM keeps its meaning
+    if hasattr(signal, "sigtimedwait"):  # not on macOS, where SIGTERM keeps its meaning
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for threads that began before the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_terminated_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     if then is not None:
         then(worker_id)
 
 
-def _exit_when_terminated_by(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def _exit_with_parent(parent: int) -> None:
+    """Ends the worker when its parent tells it to, or has died."""
+    while True:
+        told = signal.sigtimedwait({signal.SIGTERM}, _ORPHAN_SECONDS)
+        if (told is not None and told.si_pid == parent) or os.getppid() != parent:
+            os._exit(0)
 
 
 def data_loader(
@@ -297,7 +303,7 @@ def _seeded_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=partial(_collate, collate or default_collate),
-        worker_init_fn=partial(_start_worker, init),
+        worker_init_fn=partial(_start_worker, init, os.getpid()),
         generator=torch.Generator().manual_seed(derive_seed(seed)),  # else an iterator draws from the global generator
         **options,
     )

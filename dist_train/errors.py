@@ -57,6 +57,10 @@ class RunInUseError(DistTrainError):
     """Another launch that shows life owns the run directory, or a newer attempt has taken it over."""
 
 
+class LauncherLostError(DistTrainError):
+    """The launcher (torchrun's agent) died and left its workers behind, or its store cannot be reached any more."""
+
+
 class DeadlineError(DistTrainError, TimeoutError):
     """A wait ended without an answer; says what was waited for, on which rank."""
 

@@ -69,6 +69,8 @@ class BatchFeed:
         Raises:
             ConfigError: the window is complete, but Accelerate has not synchronised gradients.
         """
+        if self._consumed and self.knows_epoch_end:
+            raise ConfigError("run.step() was called twice after one batch; call it once a batch, after the update.")
         self._consumed = True
         self.in_window = not self.micro.ends_window
         if not self.in_window and self._accelerator is not None and not self._accelerator.sync_gradients:

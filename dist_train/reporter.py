@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class Reporter:
         self._clock = clock
         self._shown_at = float("-inf")
         self._shown_step = 0
+        self._warned_of_not_finite = False
 
     def note_stall(self, global_step: int, seconds: float) -> None:
         """How long training waited for a save that is now in flight."""
@@ -53,11 +55,15 @@ class Reporter:
             elif isinstance(event, Pruned):
                 self.events.write("pruned", path=event.path)
             else:
-                self._report_failure(event, f"failure {failures} of at most {most_failures} in a row", newest)
+                self._report_failure(event, failures, most_failures, newest)
 
     def resumed(self, path: str, manifest: Manifest, changes: Mapping[str, tuple[Json, Json]]) -> None:
         step = manifest.progress.global_step
         self.events.write("resumed", path=path, global_step=step, digest=manifest.digest, changes=changes)
+        self.changed(changes)
+
+    def changed(self, changes: Mapping[str, tuple[Json, Json]]) -> None:
+        """A table of what the user writes now and the checkpoint had otherwise."""
         if changes:
             self.console.say("Settings changed since the checkpoint:")
         for place, (then, today) in changes.items():
@@ -70,8 +76,9 @@ class Reporter:
             self.events.write("skipped_checkpoint", problem=problem)
 
     def where_from(self, path: str, progress: Progress, best: Best | None) -> None:
-        shown = f", best {best.monitor} {best.value:.6g}" if best else ""
-        self.console.say(f"Resuming from {path} (epoch {progress.epochs_completed} of {self.epochs} done{shown})")
+        done = f"epoch {progress.epochs_completed} of {max(self.epochs, progress.epochs_completed)} done"
+        shown = f", best {best.monitor} {metric_text(best.monitor, best.value).rstrip('%')}" if best else ""
+        self.console.say(f"Resuming from {path} ({done}{shown})")
         if progress.epochs_completed >= self.epochs:
             self.console.say("Nothing is left to do; give more epochs to go on.")
 
@@ -89,9 +96,24 @@ class Reporter:
         self.console.show(" - ".join(parts))
 
     def epoch(self, completed: int, train_loss: float | None, metrics: Mapping[str, float]) -> None:
+        self.console.end_live()
         loss = "" if train_loss is None else f" - Train Loss: {train_loss:.4f}"
         shown = "".join(f" - {metric_label(name)}: {metric_text(name, value)}" for name, value in metrics.items())
         self.console.say(f"Epoch {completed}/{self.epochs}{loss}{shown}")
+
+    def warn_of_not_finite(self, values: Mapping[str, float | None], global_step: int, committed_step: int) -> None:
+        """Once a run: training goes on, but what it saves from here on is probably worth nothing."""
+        wrong = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
+        if wrong and not self._warned_of_not_finite:
+            self._warned_of_not_finite = True
+            logger.warning(
+                "%s is not finite at step %d. Training goes on; the newest checkpoint is step %d. Pin a good one by "
+                "copying its folder away before newer ones replace it, and look at the learning rate and the data.",
+                ", ".join(wrong),
+                global_step,
+                committed_step,
+            )
+            self.events.write("not_finite", global_step=global_step, names=wrong)
 
     def status(self, status: str, exit_code: int | None, progress: Progress, attempt: int, error: str = "") -> None:
         """status.json: how the run stands or ended."""
@@ -124,21 +146,24 @@ class Reporter:
         if best is not None and manifest.metrics and best.epochs_completed == progress.epochs_completed:
             self.console.say(f"Best model so far: {metric_label(best.monitor)} {metric_text(best.monitor, best.value)}")
 
-    def _report_failure(self, event: SaveFailed, count: str, newest: int) -> None:
+    def _report_failure(self, event: SaveFailed, failures: int, most_failures: int, newest: int) -> None:
         cause = "no space: " if event.out_of_space else ""
         fields = {"global_step": event.global_step, "message": cause + event.message}
         self.events.write("failed", out_of_space=event.out_of_space, **fields)
         if event.fatal is not None:
             return  # it is raised, with all that there is to say
+        ends = failures > most_failures
         logger.error(
-            "The checkpoint of step %d was not saved in %s: %s%s. Training goes on and tries again (%s); older "
-            "checkpoints are whole, the newest is %s.",
+            "The checkpoint of step %d was not saved in %s: %s%s. Training %s (failure %d %s in a row); older "
+            "checkpoints are whole, %s.",
             event.global_step,
             self._run_dir,
             cause,
             event.message.rstrip("."),
-            count,
-            f"step {newest}" if newest >= 0 else "none yet",
+            "ends" if ends else "goes on and tries again",
+            failures,
+            f"where {most_failures} are allowed" if ends else f"of at most {most_failures}",
+            f"the newest is step {newest}" if newest >= 0 else "there is none yet",
         )
 
 

@@ -36,6 +36,7 @@ from dist_train.environment import compare_environments, describe_environment, i
 from dist_train.errors import (
     EXIT_CODES,
     ConfigError,
+    LauncherLostError,
     RunInUseError,
     SaveFailedError,
     StateMismatchError,
@@ -48,7 +49,7 @@ from dist_train.replicas import evaluating, fix_bucket_layout
 from dist_train.reporter import Reporter
 from dist_train.state import LiveState, Stateful, restore_rng
 from dist_train.tree import encode
-from dist_train.world import World, current_world
+from dist_train.world import World, current_world, launcher_is_gone
 
 logger = logging.getLogger(__name__)
 Json = Any
@@ -295,6 +296,35 @@ class Run:
             logger.warning("This resume may not be bit for bit exact: %s.", "; ".join(differences))
             self._reporter.events.write("environment_changed", differences=differences)
 
+    def _warn_of_what_is_not_exact(self) -> None:
+        """Once, before the loop: what the script leaves out of an exact resume."""
+        if self._loader is not None and not self._expects_loader:
+            logger.warning(
+                "The Run was given a %s that is not from dist_train.data_loader: a resumed epoch begins again at its "
+                "first sample, and is not the one that was killed.",
+                type(self._loader).__name__,
+            )
+        if self._opened is None:
+            return
+        saved = {place.removeprefix("user/") for place in self._opened.manifest.state if place.startswith("user/")}
+        if lost := sorted(saved - set(self._live.registered)):
+            logger.warning(
+                "%s holds %s, which this script does not register: the next checkpoints will not have it. Call "
+                "run.register before run.epochs to keep it.",
+                self._opened.path,
+                ", ".join(map(repr, lost)),
+            )
+        self._warn_of_other_data(self._opened.manifest.settings.get("config", {}).get("data", {}))
+
+    def _warn_of_other_data(self, then: dict[str, Json]) -> None:
+        today = self._data_settings()
+        changed = {key: (then[key], today[key]) for key in today if key in then and then[key] != today[key]}
+        if not changed:
+            return
+        self._reporter.changed({f"data.{key}": pair for key, pair in changed.items()})
+        if self._progress.now.samples_into_epoch and changed.keys() & {"num_samples", "seed", "shuffle"}:
+            logger.warning("The order of samples has changed in mid-epoch: this epoch mixes two orders.")
+
     def register(self, name: str, one: Stateful) -> None:
         """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
 
@@ -333,6 +363,11 @@ class Run:
     def batches(self, loader: Any) -> Iterator[Any]:
         """Batches on the device: of a training loader from the exact next sample; ends early on a stop."""
         sampler = getattr(loader, "batch_sampler", None)
+        if isinstance(getattr(sampler, "batch_sampler", None), ResumableSampler):
+            raise ConfigError(
+                "The loader of dist_train.data_loader was given to accelerator.prepare. Leave it out there: it shards "
+                "by itself and run.batches moves its batches to the device."
+            )
         if not isinstance(sampler, ResumableSampler):
             yield from self._feed.plain_batches(loader, lambda: self.should_stop and not self.epoch_is_complete)
             return
@@ -367,7 +402,9 @@ class Run:
         if not self.epoch_is_complete:
             return
         self.epoch_is_complete = False
-        self._track(self._progress.end_epoch(metrics))
+        values = self._progress.end_epoch(metrics)
+        self._track(values)
+        self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
         self._reporter.epoch(self.epochs_completed, self._progress.train_loss, self._progress.metrics)
         if self._progress.patience_is_over:
             self._stop = self._stop or StopReason.EARLY_STOPPED
@@ -416,6 +453,7 @@ class Run:
         if self._begun:
             return
         self._begun = True
+        self._warn_of_what_is_not_exact()
         if self._opened is not None:
             self._reporter.where_from(self._opened.path, self._progress.now, self._progress.best)
             self._opened.reader.close()
@@ -436,6 +474,7 @@ class Run:
         values = self._progress.log_step(float(rates[0]) if rates else None)
         self._track(values)
         self._reporter.loss = values["loss"]
+        self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
 
     def _track(self, values: Mapping[str, float | None]) -> None:
         if self.accelerator is not None and self.accelerator.trackers:
@@ -482,7 +521,7 @@ class Run:
                 stop=self._stop_wish,
                 save_requested=self._save_requested,
                 time_is_up=self._time_is_up(),
-                failed=self._checkpointer.must_end,
+                failed=self._checkpointer.must_end or launcher_is_gone(),
                 committed_step=self._checkpointer.committed_step,
             )
         )
@@ -535,9 +574,15 @@ class Run:
     # Misuse, caught
 
     def _raise_failures(self, agreed: Agreed) -> None:
-        if agreed.failed:
-            self._checkpointer.require_healthy()
-            raise SaveFailedError(f"Rank {self.world.rank}: the main rank ended training; its message says why.")
+        if not agreed.failed:
+            return
+        self._checkpointer.require_healthy()
+        if launcher_is_gone():
+            raise LauncherLostError(
+                f"Rank {self.world.rank}: the launcher died and left this worker behind; training ends at step "
+                f"{self.global_step}. Run the same command again: it goes on from step {self.committed_step}."
+            )
+        raise SaveFailedError(f"Rank {self.world.rank}: another rank ended training; its message says why.")
 
     def _require_one_world(self) -> None:
         if self.accelerator is not None and self.accelerator.num_processes != self.world.world_size:

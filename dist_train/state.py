@@ -99,7 +99,7 @@ class LiveState:
         Raises:
             StateMismatchError: lists what differs; nothing was loaded.
         """
-        self._require_same_structure(state, source)
+        self._require_same_structure(state, settings, source)
         changes: dict[str, Any] = {}
         for name, model in self.models.items():
             place = _place("model", name)
@@ -131,7 +131,10 @@ class LiveState:
         """
         place = f"user/{name}"
         if place not in state:
-            raise StateMismatchError(f"the checkpoint holds nothing for the registered {name!r}")
+            raise StateMismatchError(
+                f"The checkpoint holds nothing for the registered {name!r}. Register it from the first start of a run "
+                f"on: give another run_dir, or leave it out to continue this run."
+            )
         self.registered[name].load_state_dict(decode(state[place], self._loader(source)))
 
     def _loader(self, source: TensorSource) -> Any:
@@ -157,9 +160,11 @@ class LiveState:
                 {key: _plain_setting(value) for key, value in group.items() if key != "params"}
                 for group in optimizer.param_groups
             ]
+            settings[f"{place}/class"] = type(optimizer).__name__
             settings[place] = [encode(group, f"{place}/settings/{i}", {}) for i, group in enumerate(groups)]
         for name, scheduler in self.schedulers.items():
             place = _place("scheduler", name)
+            settings[f"{place}/class"] = type(scheduler).__name__
             settings[place] = encode(scheduler.state_dict(), place, {})
         return settings
 
@@ -170,8 +175,13 @@ class LiveState:
                 names.setdefault(id(parameter), clean_name(f"{name}.{key}" if name else key))
         return names
 
-    def _require_same_structure(self, state: Mapping[str, Json], source: TensorSource) -> None:
+    def _require_same_structure(
+        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource
+    ) -> None:
         problems: list[str] = []
+        for place, today in self.settings.items():
+            if place.endswith("/class") and settings.get(place, today) != today:
+                problems.append(f"the {place.removesuffix('/class')} was a {settings[place]} and is a {today} now")
         for name, model in self.models.items():
             problems += _compare_model(model, _place("model", name), source)
         names = self._parameter_names()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.policy import CheckpointPolicy
@@ -115,7 +116,7 @@ class Trainer:
         train_data: a dataset with `__len__` and `__getitem__`; random augmentation in it is made exact by seeding.
         eval_data: evaluated after each epoch, each sample once over all ranks.
         loss: `loss(model, batch)` returns the micro-batch's mean loss, or (loss, prediction, target) for metrics.
-        scheduler: stepped once an optimizer update.
+        scheduler: stepped once an optimizer update; ReduceLROnPlateau once an epoch, by the monitored metric.
         metrics: by name, for instance `{"val_smape": SMAPE()}`; `val_loss` is always measured.
         collate_fn: makes a batch of samples; torch's default otherwise.
     """
@@ -136,10 +137,12 @@ class Trainer:
         self.config = config
         self.loss = loss
         self.metrics = dict(metrics or {})
+        self.scheduler = scheduler
         if self.metrics and eval_data is None:
             raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
         if "val_loss" in self.metrics:
             raise ConfigError("The name 'val_loss' is taken: it is always measured. Give that metric another name.")
+        self._require_known_monitor(eval_data)
         if config.deterministic:
             _be_deterministic()
         init_distributed()
@@ -164,7 +167,6 @@ class Trainer:
             sampler: Any = self.train_loader.batch_sampler
             self.eval_loader = evaluation_loader(eval_data, batch_size=sampler.micro_batch_size, **shared)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.scheduler = scheduler
 
     def fit(self) -> TrainResult:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
@@ -176,7 +178,9 @@ class Trainer:
                     loss = self._train_on(batch, run)
                     run.step(loss=loss)
                 if run.epoch_is_complete:
-                    run.end_epoch(**self._evaluate(run))
+                    metrics = self._evaluate(run)
+                    self._step_plateau(metrics)
+                    run.end_epoch(**metrics)
         # Not Accelerate's end_training(): it destroys the process group, by which the ranks agree on the end.
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -198,9 +202,25 @@ class Trainer:
                 accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if self.scheduler is not None and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+        due = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
+        if due and self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         return loss.detach()
+
+    def _step_plateau(self, metrics: dict[str, float]) -> None:
+        """ReduceLROnPlateau follows the monitored metric, once an epoch; the epoch's checkpoint holds what it did."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(metrics[self.config.checkpoint.monitor or next(iter(metrics))])
+
+    def _require_known_monitor(self, eval_data: Any | None) -> None:
+        measured = [*self.metrics, "val_loss"] if eval_data is not None else []
+        monitor = self.config.checkpoint.monitor
+        if monitor is not None and monitor not in measured:
+            raise ConfigError(
+                f"monitor={monitor!r} will not be measured; there will be: {', '.join(measured) or 'nothing'}."
+            )
+        if isinstance(self.scheduler, ReduceLROnPlateau) and not measured:
+            raise ConfigError("ReduceLROnPlateau follows a metric: give eval_data to measure one on.")
 
     def _evaluate(self, run: Run) -> dict[str, float]:
         """Every sample once, whatever the world size."""

@@ -15,7 +15,8 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from dist_train import errors
-from dist_train.errors import DeadlineError, DisagreementError, DistTrainError
+from dist_train.errors import DeadlineError, DisagreementError, DistTrainError, LauncherLostError
 
 Json = Any
 CONTROL_TIMEOUT_SECONDS = 1800.0
@@ -225,20 +226,42 @@ class _StoreMailbox(Mailbox):
         self._rank = rank
 
     def put(self, key: str, value: bytes) -> None:
-        self._store.set(f"{self._prefix}/{key}", value)
+        with self._launcher_alive(key):
+            self._store.set(f"{self._prefix}/{key}", value)
 
     def take(self, key: str, timeout_seconds: float) -> bytes:
         full = f"{self._prefix}/{key}"
-        try:
-            self._store.wait([full], timedelta(seconds=timeout_seconds))
-        except RuntimeError as error:
-            raise DeadlineError(
-                f"Rank {self._rank} waited {timeout_seconds:.0f} s for {key}, and it did not come: "
-                f"{_first_line(error)}."
-            ) from error
-        value = self._store.get(full)
-        self._store.delete_key(full)
+        with self._launcher_alive(key):
+            try:
+                self._store.wait([full], timedelta(seconds=timeout_seconds))
+            except dist.DistNetworkError:
+                raise
+            except RuntimeError as error:
+                raise DeadlineError(
+                    f"Rank {self._rank} waited {timeout_seconds:.0f} s for {key}, and it did not come: "
+                    f"{_first_line(error)}."
+                ) from error
+            value = self._store.get(full)
+            self._store.delete_key(full)
         return bytes(value)
+
+    @contextmanager
+    def _launcher_alive(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except dist.DistNetworkError as error:
+            raise LauncherLostError(
+                f"Rank {self._rank} lost the launcher's store over {key}: {_first_line(error)}. Training ends here; "
+                f"run the same command again to go on from the newest checkpoint."
+            ) from error
+
+
+_LAUNCHER_PID = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def launcher_is_gone() -> bool:
+    """Whether torchrun's agent has died and left this worker behind: nobody would restart or end it any more."""
+    return _LAUNCHER_PID is not None and os.getppid() != _LAUNCHER_PID
 
 
 def _attempt(work: Callable[[], Json]) -> Json:

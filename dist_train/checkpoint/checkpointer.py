@@ -173,7 +173,7 @@ class Checkpointer:
         self._parent = opened.manifest.digest
         self._monitor = self._monitor or (opened.manifest.best.monitor if opened.manifest.best else None)
         if opened.origin is self.store:
-            relative = opened.path.removeprefix(f"{self.store.root}/")
+            relative = opened.path.removeprefix(self.store.shown(""))
             self.committed = opened.manifest.progress
             self._verified.add(relative)
             self._protected = {relative}
@@ -241,7 +241,7 @@ class Checkpointer:
         free = self.store.free_bytes()
         needed = self._total_bytes + _MANIFEST_SLACK
         if free < needed:
-            needs = f"not enough space: it needs {bytes_text(needed)}, {bytes_text(free)} are free on {self.store.root}"
+            needs = f"it needs {bytes_text(needed)}, {bytes_text(free)} are free on {self.store.root}"
             return self._refuse(SaveFailed(global_step=step, message=needs, out_of_space=True))
         copies = (step_name(step, copy) for copy in range(1 << 20))
         target = next(name for name in copies if not self.store.exists(f"{CHECKPOINTS}/{name}"))
@@ -311,10 +311,12 @@ class Checkpointer:
         if self._fatal is not None:
             raise self._fatal
         if self.failures > self.policy.max_failed_saves:
+            step = self.committed_step
+            newest = f"The newest checkpoint is step {step}." if step >= 0 else "There is no checkpoint yet."
             raise SaveFailedError(
                 f"{self.failures} saves failed in a row in {self.store.root} (max_failed_saves is "
-                f"{self.policy.max_failed_saves}); training stops so that no more work is lost. The newest checkpoint "
-                f"is step {self.committed_step}. Free space or fix the directory, then run the same command again."
+                f"{self.policy.max_failed_saves}); training stops so that no more work is lost. {newest} "
+                f"Free space or fix the directory, then run the same command again."
             )
 
     @property

@@ -68,7 +68,7 @@ def _row(store: Store, one: Found) -> dict[str, Json]:
         "monitor": manifest.best.monitor if manifest and manifest.best else None,
         "train_loss": manifest.train_loss if manifest else None,
         "committed_at": manifest.committed_at if manifest else None,
-        "path": str(store.path(one.path)),
+        "path": store.shown(one.path),
     }
     return row if one.problem is None else {**row, "problem": problem_text(one.problem)}
 
@@ -134,7 +134,7 @@ def describe_run(store: Store) -> dict[str, Json]:
     owner = read_owner(store)
     newest, best = newest_path(found), best_path(found)
     return {
-        "run_dir": str(store.root),
+        "run_dir": store.given,
         "run_id": identity.get("run_id"),
         "created": identity.get("created"),
         "status": _read_json(store, STATUS_FILE) or None,
@@ -142,8 +142,8 @@ def describe_run(store: Store) -> dict[str, Json]:
         "attempts": newest_attempt(store),
         "checkpoints": len(committed(found)),
         "unusable": len(found) - len(committed(found)),
-        "newest": str(store.path(newest)) if newest else None,
-        "best": str(store.path(best)) if best else None,
+        "newest": store.shown(newest) if newest else None,
+        "best": store.shown(best) if best else None,
         "leftovers": find_leftovers(store),
     }
 
@@ -153,7 +153,7 @@ def describe_checkpoint(store: Store, path: str, manifest: Manifest) -> dict[str
     config = manifest.settings.get("config", {})
     best = manifest.best
     return {
-        "path": str(store.path(path)),
+        "path": store.shown(path),
         "run_id": manifest.run_id,
         "sequence": manifest.sequence,
         "attempt": manifest.attempt,

@@ -120,7 +120,7 @@ class Restorer:
             reader = CheckpointReader(store, path, found.manifest, rank=self._world.rank)
         except (OSError, ValueError, CorruptCheckpointError) as error:
             return None, str(error)
-        return Opened(path=str(store.path(path)), manifest=found.manifest, reader=reader, origin=store), ""
+        return Opened(path=store.shown(path), manifest=found.manifest, reader=reader, origin=store), ""
 
     def _pass_over(self, path: str, problem: str) -> None:
         """Another run's checkpoint is left as it is."""

@@ -89,7 +89,7 @@ def _locate(store: Store, path: str) -> tuple[Store, Found]:
     if folder is None:
         raise NoCheckpointError(
             f"{path!r} is no checkpoint: expected latest, best, step:N or the path of a checkpoint folder, and there "
-            f"is no such folder. `dist-train ls {store.root}` lists what there is."
+            f"is no such folder. `dist-train ls {store.given}` lists what there is."
         )
     full = os.path.realpath(folder)
     root = os.path.realpath(store.root)
@@ -104,12 +104,12 @@ def _none_message(store: Store, selector: str, found: list[Found]) -> str:
     if not usable:
         problems = "".join(f" {one.problem}" for one in found if one.problem)
         what = "no checkpoint that can be used." if found else "no checkpoint yet: none was ever committed there."
-        return f"{store.root} holds {what}{problems} Check that this is the run you mean, or let it train on."
+        return f"{store.given} holds {what}{problems} Check that this is the run you mean, or let it train on."
     if selector == "best":
         return (
-            f"{store.root} holds no best checkpoint: no monitored metric is recorded in its {len(usable)} checkpoints "
+            f"{store.given} holds no best checkpoint: no monitored metric is recorded in its {len(usable)} checkpoints "
             f"(metrics are what the loop gives to end_epoch). Choose latest or step:N."
         )
     steps = [str(manifest.progress.global_step) for _, manifest in usable]
     shown = ", ".join(steps if len(steps) <= 6 else [steps[0], "...", *steps[-4:]])
-    return f"{store.root} holds no checkpoint for {selector}; it holds those of step {shown}."
+    return f"{store.given} holds no checkpoint for {selector}; it holds those of step {shown}."

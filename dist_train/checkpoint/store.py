@@ -49,7 +49,9 @@ class Store:
     """
 
     def __init__(self, root: str | Path, *, observer: Observer | None = None, direct: bool = True) -> None:
-        self.root = Path(root)
+        self.given = str(root)
+        """The root as the user wrote it, for messages; the working directory may change meanwhile."""
+        self.root = Path(os.path.abspath(root))
         self.observer = observer
         self.direct = direct
 
@@ -62,6 +64,10 @@ class Store:
 
     def path(self, path: str = "") -> Path:
         return self.root / path
+
+    def shown(self, path: str) -> str:
+        """A path as people are told of it."""
+        return os.path.join(self.given, path)
 
     def exists(self, path: str) -> bool:
         return os.path.lexists(self.root / path)

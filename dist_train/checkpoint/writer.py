@@ -35,7 +35,7 @@ from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
 from dist_train.checkpoint.tensor_file import DTYPES
 from dist_train.checkpoint.verify import RunningDigest
-from dist_train.errors import DeadlineError, DistTrainError, RunInUseError
+from dist_train.errors import DeadlineError, DistTrainError, LauncherLostError, RunInUseError
 from dist_train.world import Mailbox, World
 
 logger = logging.getLogger(__name__)
@@ -191,15 +191,14 @@ class Writer:
         started = time.monotonic()
         receipt = write_shards(self._store, job)
         if job.manifest is None:
-            self._mailbox.put(_receipt_key(job, self._world.rank), json.dumps(receipt).encode())
-            return []
+            return self._send(job, receipt)
         try:
             receipts = [receipt, *self._collect(job)]
             manifest = commit(self._store, self._ownership, job, receipts)
             done = Committed(path=f"{CHECKPOINTS}/{job.target}", manifest=manifest, seconds=time.monotonic() - started)
         except (OSError, DistTrainError) as error:
             discard(self._store, job.staging)
-            fatal = error if isinstance(error, RunInUseError) else None
+            fatal = error if isinstance(error, (RunInUseError, LauncherLostError)) else None
             full = is_out_of_space(error) or (isinstance(error, ShardError) and error.out_of_space)
             step = job.manifest.progress.global_step
             return [SaveFailed(global_step=step, message=describe_error(error), out_of_space=full, fatal=fatal)]
@@ -209,6 +208,13 @@ class Writer:
         except OSError as error:
             logger.warning("Links and retention after %s are left to the next commit: %s.", done.path, error)
             return []
+
+    def _send(self, job: SaveJob, receipt: Json) -> list[Event]:
+        try:
+            self._mailbox.put(_receipt_key(job, self._world.rank), json.dumps(receipt).encode())
+        except LauncherLostError as error:
+            return [SaveFailed(global_step=-1, message=str(error), fatal=error)]
+        return []
 
     def _collect(self, job: SaveJob) -> list[Json]:
         deadline = time.monotonic() + self._receipt_timeout
@@ -327,5 +333,5 @@ def _receipt_key(job: SaveJob, rank: int) -> str:
 def describe_error(error: BaseException) -> str:
     if is_out_of_space(error):
         path = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return f"no space left on the device or quota exceeded{path}"
+        return f"the device has no space left or a quota is exceeded{path}"
     return str(error) or type(error).__name__

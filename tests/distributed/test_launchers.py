@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.support.background import Background
 from tests.support.chaos import ChaosPlan
 from tests.support.launch import ROOT, environment, run_command, torchrun
 from tests.support.twins import assert_same_run
@@ -46,6 +48,20 @@ def test_accelerate_launch_starts_two_processes_and_restarts_them(
     run_command([*command, *script], deadline_seconds=240, extra=plan.to_environment()).require_success()
     assert len(plan.fired()) == 2
     assert_same_run(twin, tmp_path / "run")
+
+
+def test_workers_whose_launcher_was_killed_end_and_the_same_command_goes_on(tmp_path: Path, twin: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [SPECIMEN, "--run-dir", str(run_dir)]
+    with Background(torchrun(2, *arguments, "--pause", "0.05"), tmp_path / "log") as launch:
+        launch.wait_until(lambda: (run_dir / "checkpoints/step-00000006").exists(), "the commit of step 6")
+        workers = psutil.Process(launch.pid).children(recursive=True)
+        launch.send(signal.SIGKILL)
+        gone, alive = psutil.wait_procs(workers, timeout=30)
+        assert (len(gone), alive) == (2, [])
+    assert "LauncherLostError" in launch.output
+    run_command(torchrun(2, *arguments), deadline_seconds=120).require_success()
+    assert_same_run(twin, run_dir)
 
 
 def test_two_agents_restart_together_when_a_worker_of_one_of_them_dies(tmp_path: Path, twin: Path) -> None:

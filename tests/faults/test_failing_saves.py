@@ -218,7 +218,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(fresh: Path, monkeypatch
             patch.setattr(run.store, "free_bytes", lambda: 1000)
             (failed,) = failures(run.save(3))
         assert failed.out_of_space
-        assert "not enough space" in failed.message
+        assert "it needs" in failed.message
         assert plan.log == []
         assert commits(run.save(3))
 

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -37,39 +39,43 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def run_command(command: Sequence[str], *, deadline_seconds: float, extra: Mapping[str, str] | None = None) -> Outcome:
-    """Runs a command in a session of its own; past the deadline the whole session is killed and the test fails."""
-    process = subprocess.Popen(
-        command,
-        env=environment(extra),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=deadline_seconds)
-    except subprocess.TimeoutExpired:
-        end_session(process)
-        output, _ = process.communicate()
-        raise AssertionError(
-            f"still running after {deadline_seconds} s: {' '.join(command)}\n{output[-6000:]}"
-        ) from None
-    except BaseException:
-        end_session(process)
-        raise
-    return Outcome(process.returncode, output)
+    """Runs a command in a session of its own; past the deadline all of it is killed and the test fails."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe would wait for orphans that hold it
+        process = subprocess.Popen(
+            command,
+            env=environment(extra),
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=deadline_seconds)
+        except subprocess.TimeoutExpired:
+            said = f"still running after {deadline_seconds} s: {' '.join(command)}\n{_written(output)[-6000:]}"
+            raise AssertionError(said) from None
+        finally:
+            end_session(process)
+        return Outcome(process.returncode, _written(output))
+
+
+def _written(output: IO[str]) -> str:
+    output.seek(0)
+    return output.read()
 
 
 def end_session(process: subprocess.Popen[str]) -> None:
-    """Kills a process and all its descendants: torchrun starts each worker in a session of its own."""
-    family = [process.pid]
+    """Kills a process, what is left of its session and all its descendants: torchrun gives each worker a session."""
+    family = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def torchrun(world_size: int, *script: str, max_restarts: int = 0) -> list[str]:

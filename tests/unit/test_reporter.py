@@ -140,7 +140,7 @@ def test_a_failed_save_says_what_why_where_and_what_is_left(tmp_path: Path, capl
 def test_a_save_that_failed_for_want_of_space_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     reporter(tmp_path).report([SaveFailed(global_step=5, message="quota", out_of_space=True)], newest=-1)
     assert "no space: quota" in caplog.text
-    assert "the newest is none yet." in caplog.text
+    assert "there is none yet." in caplog.text
 
 
 def test_a_directory_that_was_lost_is_an_event_and_left_to_the_error(

@@ -446,7 +446,7 @@ def test_a_full_disk_is_called_by_its_name(run_dir: Path, capsys: pytest.Capture
 
     policy = CheckpointPolicy(every_steps=2)
     SmallRun(run_dir=run_dir, epochs=1, policy=policy, at_batch=fill_for_a_while, open_store=disk.open_store).train()
-    assert re.search("no space: .*no space left on the device or quota exceeded", capsys.readouterr().err)
+    assert re.search("no space: .*the device has no space left or a quota is exceeded", capsys.readouterr().err)
     assert [one["out_of_space"] for one in events_of(run_dir, "failed")] == [True]
 
 
