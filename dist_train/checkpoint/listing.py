@@ -148,7 +148,9 @@ def _status_text(status: Facts, owner: Facts | None) -> str:
         return "not written yet"
     code = "" if status.get("exit_code") is None else f" (exit code {status['exit_code']})"
     epochs = _count(status.get("epochs_completed", 0), "epoch")
-    held = f"; held by process {owner['pid']} on {owner['hostname']}" if owner and not owner["released"] else ""
+    held = ""
+    if owner and not owner["released"] and status.get("status") != "killed":
+        held = f"; held by process {owner['pid']} on {owner['hostname']}"
     return f"{status.get('status')}{code} at step {status.get('global_step', 0):,}, {epochs} completed{held}"
 
 

@@ -27,7 +27,7 @@ from dist_train.checkpoint.manifest import (
     TensorEntry,
     parse_step_name,
 )
-from dist_train.checkpoint.ownership import newest_attempt, read_owner
+from dist_train.checkpoint.ownership import Owner, newest_attempt, read_owner
 from dist_train.checkpoint.selection import best_path, find_checkpoints, newest_path
 from dist_train.checkpoint.store import Store
 from dist_train.errors import CheckpointError
@@ -137,7 +137,7 @@ def describe_run(store: Store) -> dict[str, Json]:
         "run_dir": store.given,
         "run_id": identity.get("run_id"),
         "created": identity.get("created"),
-        "status": _read_json(store, STATUS_FILE) or None,
+        "status": _status_now(store, found, owner),
         "owner": None if owner is None else {"hostname": owner.hostname, "pid": owner.pid, "released": owner.released},
         "attempts": newest_attempt(store),
         "checkpoints": len(committed(found)),
@@ -146,6 +146,22 @@ def describe_run(store: Store) -> dict[str, Json]:
         "best": store.shown(best) if best else None,
         "leftovers": find_leftovers(store),
     }
+
+
+def _status_now(store: Store, found: list[Found], owner: Owner | None) -> dict[str, Json] | None:
+    """status.json is written at both ends of an attempt: in between the newest checkpoint knows more, and a killed
+    attempt leaves "running" behind.
+    """
+    status = _read_json(store, STATUS_FILE)
+    if not status or status.get("status") != "running":
+        return status or None
+    if owner is not None and owner.is_known_to_be_gone():
+        status = {**status, "status": "killed"}
+    usable = committed(found)
+    if usable and usable[-1][1].progress.global_step > status.get("global_step", 0):
+        progress = usable[-1][1].progress
+        status |= {"global_step": progress.global_step, "epochs_completed": progress.epochs_completed}
+    return status
 
 
 def describe_checkpoint(store: Store, path: str, manifest: Manifest) -> dict[str, Json]:

@@ -59,7 +59,15 @@ class Owner:
             return True
         if self.host != other.host:
             return False
-        return self.pid == other.pid or _started(self.pid) != self.pid_started
+        return self.pid == other.pid or self._is_dead_here()
+
+    def is_known_to_be_gone(self) -> bool:
+        """Whether it left, or is dead on this very machine; another machine's process may live."""
+        here = Owner.of_this_process()
+        return self.released or (self.host == here.host and self._is_dead_here())
+
+    def _is_dead_here(self) -> bool:
+        return _started(self.pid) != self.pid_started
 
 
 class Ownership:

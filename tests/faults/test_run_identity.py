@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import dist_train as dt
+from dist_train.checkpoint.overview import describe_run
+from dist_train.checkpoint.store import Store
 
 
 def train(run_dir: Path, steps: int, resume: str = "auto") -> dt.Run:
@@ -52,3 +54,23 @@ def test_what_a_killed_heartbeat_left_is_cleared(tmp_path: Path) -> None:
     leftover.write_text("{")
     train(tmp_path, 2)
     assert not leftover.exists()
+
+
+def test_a_killed_run_is_shown_as_killed_at_its_newest_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path, 3)
+    status = {
+        "status": "running",
+        "exit_code": None,
+        "global_step": 0,
+        "epochs_completed": 0,
+        "attempt": 1,
+        "error": "",
+    }
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    owner = json.loads((tmp_path / "attempts" / "owner.json").read_text())
+    gone = {**owner, "pid": 2**22 + 1, "pid_started": "1", "released": False}
+    (tmp_path / "attempts" / "owner.json").write_text(json.dumps(gone))
+    shown = describe_run(Store(tmp_path))["status"]
+    assert (shown["status"], shown["global_step"]) == ("killed", 3)
+    (tmp_path / "attempts" / "owner.json").write_text(json.dumps({**gone, "host": "another"}))
+    assert describe_run(Store(tmp_path))["status"]["status"] == "running"
