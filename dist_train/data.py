@@ -334,6 +334,28 @@ def _resolve_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
+def training_sampler(loader: Any) -> ResumableSampler | None:
+    """The sampler of a loader that `data_loader` made, None for any other loader.
+
+    Raises:
+        ConfigError: Accelerate has wrapped the loader and would shard it a second time.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(getattr(sampler, "batch_sampler", None), ResumableSampler):
+        raise ConfigError(
+            "The loader of dist_train.data_loader was given to accelerator.prepare. Leave it out there: it shards by "
+            "itself and run.batches moves its batches to the device."
+        )
+    return sampler if isinstance(sampler, ResumableSampler) else None
+
+
+def describe_sampler(loader: Any) -> dict[str, Any]:
+    """What decides which samples are used when; empty for a loader that is not ours."""
+    sampler = training_sampler(loader)
+    keys = ("num_samples", "global_batch_size", "micro_batch_size", "shuffle", "seed", "drop_last")
+    return {} if sampler is None else {key: getattr(sampler, key) for key in keys if hasattr(sampler, key)}
+
+
 def move_batch(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on the device; nested dicts, lists, tuples and what has `.to` are gone through."""
     if isinstance(batch, torch.Tensor):

@@ -24,6 +24,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from dist_train import differences
 from dist_train.agreement import Agreed, Agreement
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy, Moment, should_save
@@ -31,8 +32,8 @@ from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.writer import Event
 from dist_train.console import set_up_logging
-from dist_train.data import ResumableSampler
-from dist_train.environment import compare_environments, describe_environment, inexact_reasons
+from dist_train.data import describe_sampler, training_sampler
+from dist_train.environment import describe_environment
 from dist_train.errors import (
     EXIT_CODES,
     ConfigError,
@@ -279,7 +280,8 @@ class Run:
         self.resumed_from = self._opened.path
         self._rng = self._progress.restore(self._opened, self._checkpointer.attempt)
         self._last_saved_step = self.global_step if self._opened.origin is self._store else -1
-        self._warn_of_differences(manifest.environment)
+        if changed := differences.warn_of_environment(manifest.environment, self._environment):
+            self._reporter.events.write("environment_changed", differences=changed)
         self._reporter.resumed(self._opened.path, manifest, changes)
         self._reporter.problems(self._checkpointer.problems)
 
@@ -287,43 +289,18 @@ class Run:
         self._progress.start_fresh(self._checkpointer.attempt)
         self._reporter.events.write("started", world_size=self.world.world_size, environment=self._environment)
         self._reporter.problems(self._checkpointer.problems)
-        for reason in inexact_reasons(self.device):
-            logger.warning("A resumed run will not be bit for bit exact: %s.", reason)
+        differences.warn_of_inexact_device(self.device)
 
-    def _warn_of_differences(self, then: dict[str, Json]) -> None:
-        differences = compare_environments(then, self._environment)
-        if differences:
-            logger.warning("This resume may not be bit for bit exact: %s.", "; ".join(differences))
-            self._reporter.events.write("environment_changed", differences=differences)
-
-    def _warn_of_what_is_not_exact(self) -> None:
-        """Once, before the loop: what the script leaves out of an exact resume."""
-        if self._loader is not None and not self._expects_loader:
-            logger.warning(
-                "The Run was given a %s that is not from dist_train.data_loader: a resumed epoch begins again at its "
-                "first sample, and is not the one that was killed.",
-                type(self._loader).__name__,
-            )
+    def _say_what_is_not_exact(self) -> None:
+        """Once, before the loop."""
+        differences.warn_of_foreign_loader(self._loader)
         if self._opened is None:
             return
-        saved = {place.removeprefix("user/") for place in self._opened.manifest.state if place.startswith("user/")}
-        if lost := sorted(saved - set(self._live.registered)):
-            logger.warning(
-                "%s holds %s, which this script does not register: the next checkpoints will not have it. Call "
-                "run.register before run.epochs to keep it.",
-                self._opened.path,
-                ", ".join(map(repr, lost)),
-            )
-        self._warn_of_other_data(self._opened.manifest.settings.get("config", {}).get("data", {}))
-
-    def _warn_of_other_data(self, then: dict[str, Json]) -> None:
-        today = self._data_settings()
-        changed = {key: (then[key], today[key]) for key in today if key in then and then[key] != today[key]}
-        if not changed:
-            return
-        self._reporter.changed({f"data.{key}": pair for key, pair in changed.items()})
-        if self._progress.now.samples_into_epoch and changed.keys() & {"num_samples", "seed", "shuffle"}:
-            logger.warning("The order of samples has changed in mid-epoch: this epoch mixes two orders.")
+        manifest = self._opened.manifest
+        differences.warn_of_unregistered(self._opened.path, manifest.state, self._live.registered)
+        then = manifest.settings.get("config", {}).get("data", {})
+        in_mid_epoch = self._progress.now.samples_into_epoch > 0
+        self._reporter.changed(differences.compare_data(then, describe_sampler(self._loader), in_mid_epoch))
 
     def register(self, name: str, one: Stateful) -> None:
         """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
@@ -349,7 +326,7 @@ class Run:
         self._begin(count)
         while self._progress.now.epochs_completed < count and not self.should_stop:
             # Without a training loader of ours nobody but the loop knows when an epoch is over: at the body's end.
-            self.epoch_is_complete = not self._expects_loader
+            self.epoch_is_complete = training_sampler(self._loader) is None
             self._restore_rng(for_good=self._progress.now.samples_into_epoch == 0)
             before = self._progress.now
             yield self.epoch
@@ -362,13 +339,8 @@ class Run:
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Batches on the device: of a training loader from the exact next sample; ends early on a stop."""
-        sampler = getattr(loader, "batch_sampler", None)
-        if isinstance(getattr(sampler, "batch_sampler", None), ResumableSampler):
-            raise ConfigError(
-                "The loader of dist_train.data_loader was given to accelerator.prepare. Leave it out there: it shards "
-                "by itself and run.batches moves its batches to the device."
-            )
-        if not isinstance(sampler, ResumableSampler):
+        sampler = training_sampler(loader)
+        if sampler is None:
             yield from self._feed.plain_batches(loader, lambda: self.should_stop and not self.epoch_is_complete)
             return
         sampler.set_position(epoch=self.epoch, samples_into_epoch=self._progress.now.samples_into_epoch)
@@ -438,10 +410,6 @@ class Run:
     # Inside the loop
 
     @property
-    def _expects_loader(self) -> bool:
-        return isinstance(getattr(self._loader, "batch_sampler", None), ResumableSampler)
-
-    @property
     def _reached_max_steps(self) -> bool:
         return self._options.max_steps is not None and self.global_step >= self._options.max_steps
 
@@ -453,7 +421,7 @@ class Run:
         if self._begun:
             return
         self._begun = True
-        self._warn_of_what_is_not_exact()
+        self._say_what_is_not_exact()
         if self._opened is not None:
             self._reporter.where_from(self._opened.path, self._progress.now, self._progress.best)
             self._opened.reader.close()
@@ -547,16 +515,9 @@ class Run:
         config = {
             "policy": self._policy.to_json(),
             "user": self._config,
-            "data": self._data_settings(),
+            "data": describe_sampler(self._loader),
         }
         return {**self._live.settings, "config": config}
-
-    def _data_settings(self) -> dict[str, Json]:
-        sampler = getattr(self._loader, "batch_sampler", None)
-        if not isinstance(sampler, ResumableSampler):
-            return {}
-        keys = ("num_samples", "global_batch_size", "micro_batch_size", "shuffle", "seed", "drop_last")
-        return {key: getattr(sampler, key) for key in keys if hasattr(sampler, key)}
 
     # Telling
 

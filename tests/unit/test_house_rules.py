@@ -37,6 +37,7 @@ LEVEL_OF_MODULE = {
     "data": PARTS,
     "metrics": PARTS,
     "environment": PARTS,
+    "differences": PARTS,
     "replicas": PARTS,
     "agreement": PARTS,
     "feed": PARTS,

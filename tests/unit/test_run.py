@@ -984,7 +984,7 @@ def test_an_equal_environment_is_not_mentioned(run_dir: Path, capsys: pytest.Cap
 def test_what_makes_a_resume_inexact_is_said_at_the_start(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_module, "inexact_reasons", lambda device: ["the moon is full"])
+    monkeypatch.setattr("dist_train.differences.inexact_reasons", lambda device: ["the moon is full"])
     SmallRun(run_dir=run_dir, max_steps=1).train()
     assert "will not be bit for bit exact: the moon is full." in capsys.readouterr().err
 
