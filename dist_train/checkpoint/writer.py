@@ -128,10 +128,6 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="dist_train-writer", daemon=True)
         self._thread.start()
 
-    @property
-    def is_busy(self) -> bool:
-        return not self._idle.is_set()
-
     def submit(self, job: SaveJob) -> None:
         """Hands one save over; the image must not be touched until `join`."""
         self.run(lambda: self._save(job))
