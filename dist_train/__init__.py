@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dist_train.checkpoint.policy import CheckpointPolicy
     from dist_train.data import data_loader, evaluation_loader
     from dist_train.errors import DistTrainError, ExitCode, StopReason
+    from dist_train.history import read_metrics
     from dist_train.metrics import MAE, SMAPE, Accuracy, EarlyStopping, Mean, Metric
     from dist_train.run import Run, RunOptions
     from dist_train.trainer import TrainConfig, Trainer, TrainResult, seed_everything
@@ -40,6 +41,7 @@ _HOMES = {
     "evaluation_loader": "data",
     "init_distributed": "world",
     "load_model": "checkpoint.inference",
+    "read_metrics": "history",
     "seed_everything": "trainer",
 }
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "evaluation_loader",
     "init_distributed",
     "load_model",
+    "read_metrics",
     "seed_everything",
 ]
 

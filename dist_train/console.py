@@ -12,13 +12,14 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 from dist_train.checkpoint.manifest import EVENTS_LOG, METRICS_LOG
 from dist_train.checkpoint.store import Store
 
 Json = Any
+METER_SECONDS = 0.1
 _PERCENT = ("smape", "mape", "percent")
 
 
@@ -90,6 +91,52 @@ def print_text(text: str, *, error: bool = False) -> None:
     print(text, file=sys.stderr if error else sys.stdout)
 
 
+class ByteMeter:
+    """How far long work on bytes is: a live line with speed and time left on a terminal, nothing elsewhere.
+
+    Args:
+        total: bytes in all; 0 where nobody knows.
+    """
+
+    def __init__(
+        self, total: int, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.done = 0
+        self.name = ""
+        """What is being worked on, shown before the numbers."""
+        self._total = total
+        self._console = Console(stream=stream or sys.stderr)
+        self._clock = clock
+        self._started = clock()
+        self._drawn = self._started
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._started
+
+    def add(self, count: int) -> None:
+        """More bytes are done."""
+        self.done += count
+        now = self._clock()
+        if now - self._drawn >= METER_SECONDS:
+            self._drawn = now
+            self._console.show(self._line(now - self._started))
+
+    def pause(self) -> None:
+        """Takes the live line away, so that something else may be printed."""
+        self._console.end_live()
+
+    def _line(self, seconds: float) -> str:
+        speed = self.done / seconds
+        of_total, left = "", ""
+        if self._total:
+            share = min(self.done / self._total, 1.0)
+            of_total = f" of {bytes_text(self._total)} ({share:.0%})"
+            left = f", {seconds_text((self._total - self.done) / speed)} left" if 0 < self.done < self._total else ""
+        name = f"{self.name}  " if self.name else ""
+        return f"{name}{bytes_text(self.done)}{of_total}, {bytes_text(speed)}/s{left}"
+
+
 class _Lines:
     """Appends to a file. Lines that could not be written (a full disk) are kept and written with the next ones."""
 
@@ -101,7 +148,7 @@ class _Lines:
 
     def add(self, line: Mapping[str, Json]) -> None:
         if self._enabled:
-            self._unwritten.append(json.dumps(_finite(line)) + "\n")
+            self._unwritten.append(json.dumps(finite(line)) + "\n")
             self.flush()
 
     def flush(self) -> None:
@@ -151,40 +198,6 @@ class MetricsLog:
         self._lines.flush()
 
 
-def read_metrics(store: Store) -> list[dict[str, Json]]:
-    """The run's metrics as if it had never been interrupted: folded along the chain of resumes, oldest first."""
-    return fold_metrics(
-        store.read(METRICS_LOG).decode(errors="replace").splitlines() if store.exists(METRICS_LOG) else []
-    )
-
-
-def fold_metrics(lines: Iterable[str], attempt: int | None = None) -> list[dict[str, Json]]:
-    """History of an attempt (the newest by default) = the kept part of its parent's + its own records.
-
-    Lines that a kill has torn, and those of attempts outside of the chain, are left out. A record counts once: a disk
-    that was full may have taken a part of what was then written again.
-    """
-    starts: dict[int, Json] = {}
-    own: dict[int, dict[int, dict[str, Json]]] = {}
-    for line in lines:
-        record = _parse(line)
-        if record is None:
-            continue
-        if record.get("kind") == "attempt":
-            starts[record["attempt"]] = record
-        else:
-            own.setdefault(record["attempt"], {})[record["record"]] = record
-    wanted = attempt if attempt is not None else max(starts, default=0)
-    chain: list[tuple[int, int]] = []
-    while wanted in starts:
-        chain.append((wanted, starts[wanted]["keep"]))
-        wanted = starts[wanted]["parent_attempt"]
-    history: list[dict[str, Json]] = []
-    for number, keep in reversed(chain):
-        history = [record for record in history if record["record"] < keep] + list(own.get(number, {}).values())
-    return [{key: value for key, value in record.items() if key not in ("attempt", "record")} for record in history]
-
-
 def metric_label(name: str) -> str:
     """`val_smape` -> `Val SMAPE`, as people write it."""
     words = [
@@ -209,22 +222,23 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def seconds_text(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def _words(name: str) -> list[str]:
     return name.replace("-", "_").split("_")
 
 
-def _finite(value: Json) -> Json:
+def finite(value: Json) -> Json:
     """NaN and infinities as strings: JSON has none."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _parse(line: str) -> dict[str, Json] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("attempt"), int) else None

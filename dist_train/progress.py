@@ -14,12 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 from dist_train.checkpoint.checkpointer import Draft
-from dist_train.checkpoint.manifest import METRICS_LOG, Best, Progress
+from dist_train.checkpoint.manifest import Best, Progress
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.store import Store
-from dist_train.console import MetricsLog, fold_metrics
+from dist_train.console import MetricsLog
 from dist_train.errors import ConfigError
+from dist_train.history import fold_metrics, read_lines
 from dist_train.metrics import EarlyStopping, LossMeter, is_better
 from dist_train.order import MicroBatch
 from dist_train.world import World
@@ -148,9 +149,6 @@ class RunProgress:
         if opened.origin is self._store:
             self._log.start(attempt, opened.manifest.attempt, self.now.metric_records)
             return
-        lines: list[str] = []
-        if opened.origin.exists(METRICS_LOG):
-            lines = opened.origin.read(METRICS_LOG).decode(errors="replace").splitlines()
-        inherited = fold_metrics(lines, opened.manifest.attempt)[: self.now.metric_records]
+        inherited = fold_metrics(read_lines(opened.origin), opened.manifest.attempt)[: self.now.metric_records]
         self._log.start(attempt, None, 0, inherited)
         self.now = replace(self.now, metric_records=self._log.count)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,7 +48,8 @@ from dist_train.metrics import EarlyStopping
 from dist_train.progress import RunProgress
 from dist_train.replicas import evaluating, fix_bucket_layout
 from dist_train.reporter import Reporter
-from dist_train.state import LiveState, Stateful, restore_rng
+from dist_train.rng import restore_rng
+from dist_train.state import LiveState, Stateful
 from dist_train.tree import encode
 from dist_train.world import World, current_world, launcher_is_gone
 
@@ -67,6 +68,8 @@ class RunOptions:
     """Optimizer updates between records of the training loss; reading it waits for the device."""
     config: Mapping[str, Json] | None = None
     """The user's own settings, recorded in every manifest."""
+    search: Sequence[str] = ()
+    """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
 
@@ -82,7 +85,8 @@ class Run:
         scheduler: not prepared by Accelerate; stepped once an optimizer update.
         loader: the training loader, from `dist_train.data_loader`; recorded with the run.
         policy: when to save and what to keep; every epoch and every 10 minutes, 3 and the best, by default.
-        resume: `auto`, `must`, `never` or the path of a checkpoint (starts a branch).
+        resume: `auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint, which starts a
+            branch.
 
     Raises:
         ConfigError, StorageError, RunInUseError, NoCheckpointError, StateMismatchError: on entry; nothing was changed.
@@ -122,7 +126,7 @@ class Run:
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._agreement = Agreement(self.world)
-        self._checkpointer = Checkpointer(self._store, self.world, self._policy)
+        self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._opened: Opened | None = None
         self._rng: Json = None
@@ -268,7 +272,7 @@ class Run:
         assert self._opened is not None
         manifest, reader = self._opened.manifest, self._opened.reader
         try:
-            changes = self._live.restore(manifest.state, manifest.settings, reader)
+            changes = self._live.restore(manifest.state, manifest.settings, reader, manifest.absent)
         except StateMismatchError as error:
             raise StateMismatchError(
                 f"{self._opened.path} does not fit the objects of this script: {error}. Nothing was changed. Build the "

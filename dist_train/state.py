@@ -6,18 +6,17 @@ handed on uncopied. It knows nothing of files, and of ranks only that some value
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.rng import capture_rng
 from dist_train.tree import decode, encode, merge_settings
 
 Json = Any
@@ -93,13 +92,22 @@ class LiveState:
         capture.rank_state["rng"] = capture_rng()
         return capture
 
-    def restore(self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource) -> dict[str, Any]:
+    def restore(
+        self,
+        state: Mapping[str, Json],
+        settings: Mapping[str, Json],
+        source: TensorSource,
+        absent: Collection[str] = (),
+    ) -> dict[str, Any]:
         """Loads everything but RNG in place; returns the settings that the user changed: place -> (then, today).
+
+        Args:
+            absent: kinds of state that may be missing; they keep what they were constructed with.
 
         Raises:
             StateMismatchError: lists what differs; nothing was loaded.
         """
-        self._require_same_structure(state, settings, source)
+        self._require_same_structure(state, settings, source, absent)
         changes: dict[str, Any] = {}
         for name, model in self.models.items():
             place = _place("model", name)
@@ -112,6 +120,8 @@ class LiveState:
         names = self._parameter_names()
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
+            if place not in state:
+                continue
             then, today = settings.get(place), self.settings[place]
             _restore_optimizer(optimizer, place, names, source, state[place], (then, today, changes))
         for place, one in self._plain_objects():
@@ -176,7 +186,7 @@ class LiveState:
         return names
 
     def _require_same_structure(
-        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource
+        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource, absent: Collection[str]
     ) -> None:
         problems: list[str] = []
         for place, today in self.settings.items():
@@ -188,16 +198,16 @@ class LiveState:
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
             if place not in state:
-                problems.append(f"the checkpoint holds no {place}")
+                problems += [f"the checkpoint holds no {place}"] if "optimizer" not in absent else []
                 continue
             live = [_member_names(index, group, names) for index, group in enumerate(optimizer.param_groups)]
-            saved = [group["params"] for group in state[place]["groups"]]
+            saved = [_by_name(group["params"], live, index) for index, group in enumerate(state[place]["groups"])]
             if [len(group) for group in live] != [len(group) for group in saved]:
                 sizes = f"{[len(group) for group in saved]} parameters, here {[len(group) for group in live]}"
                 problems.append(f"{place}: the groups hold {sizes}")
             elif strangers := {n for g in live for n in g} ^ {n for g in saved for n in g}:
                 problems.append(f"{place}: only there or only here are the parameters {', '.join(sorted(strangers))}")
-        missing = [name for name in self.registered if f"user/{name}" not in state]
+        missing = [name for name in self.registered if f"user/{name}" not in state and "user" not in absent]
         problems += [f"the checkpoint holds nothing for the registered {name!r}" for name in missing]
         if problems:
             more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -236,39 +246,6 @@ def innermost_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 def clean_name(name: str) -> str:
     """A parameter's name without the segments that torch.compile and checkpoint wrappers put in."""
     return _WRAPPERS.sub("", name).lstrip(".")
-
-
-def capture_rng() -> dict[str, Json]:
-    """State of every random generator that training may draw from in this process."""
-    generators: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state().numpy().tobytes(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
-    tensors: dict[str, torch.Tensor] = {}
-    plain = {**generators, "python": list(generators["python"]), "numpy": list(generators["numpy"])}
-    plain["python"][1] = np.array(plain["python"][1], dtype=np.uint64).astype(np.uint32).tobytes()
-    plain["numpy"][1] = plain["numpy"][1].tobytes()
-    encoded: dict[str, Json] = encode(plain, "rng", tensors)
-    return encoded
-
-
-def restore_rng(json: Mapping[str, Json]) -> None:
-    """Puts back what `capture_rng` saw; a generator that was not captured is left alone."""
-    plain = decode(json, _no_tensors)
-    version, words, gauss = plain["python"]
-    random.setstate((version, tuple(int(word) for word in np.frombuffer(words, dtype=np.uint32)), gauss))
-    kind, keys, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(torch.frombuffer(bytearray(plain["torch"]), dtype=torch.uint8))
-    if "cuda" in plain and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(plain["cuda"]), dtype=torch.uint8))
-
-
-def _no_tensors(name: str, device: str) -> torch.Tensor:
-    raise AssertionError(f"{name}: RNG state holds no tensors")
 
 
 def _place(kind: str, name: str) -> str:
@@ -330,9 +307,23 @@ def _storage_key(value: torch.Tensor) -> Any:
     return (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
 
 
+def positional_name(group: int, place: int) -> str:
+    """Name of a parameter that belongs to no model, or whose name an imported optimizer state does not tell."""
+    return f"~group{group}.{place}"
+
+
 def _member_names(index: int, group: Mapping[str, Any], names: dict[int, str]) -> list[str]:
     """Names of a group's parameters; those of no model by their place."""
-    return [names.get(id(p), f"~group{index}.{i}") for i, p in enumerate(group["params"])]
+    return [names.get(id(p), positional_name(index, i)) for i, p in enumerate(group["params"])]
+
+
+def _by_name(saved: list[str], live: list[list[str]], index: int) -> list[str]:
+    """A saved group's names, with the live name at the same place for one that is known by its place only."""
+    here = live[index] if index < len(live) and len(live[index]) == len(saved) else saved
+    return [
+        mine if name == positional_name(index, place) else name
+        for place, (name, mine) in enumerate(zip(saved, here, strict=True))
+    ]
 
 
 def _capture_optimizer(
@@ -372,9 +363,12 @@ def _restore_optimizer(
                 group[key].copy_(torch.as_tensor(value))  # a capturable learning rate is read through this very tensor
             else:
                 group[key] = _plain_setting(value)
-        for name, parameter in zip(_member_names(index, group, names), group["params"], strict=True):
-            if name in json["state"]:
-                optimizer.state[parameter] = decode(json["state"][name], _state_loader(source, parameter))
+        for place_in_group, (name, parameter) in enumerate(
+            zip(_member_names(index, group, names), group["params"], strict=True)
+        ):
+            saved_name = name if name in json["state"] else positional_name(index, place_in_group)
+            if saved_name in json["state"]:
+                optimizer.state[parameter] = decode(json["state"][saved_name], _state_loader(source, parameter))
     for key, value in decode(json["loose"], lambda name, device: source.create(name, CPU)).items():
         optimizer.state[key] = value
 

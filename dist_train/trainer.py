@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,7 +58,9 @@ class TrainConfig:
     log_every_steps: int = 50
     """Optimizer updates between records of the training loss."""
     resume: str = "auto"
-    """`auto`, `must`, `never`, or the path of a checkpoint to branch from."""
+    """`auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint to branch from."""
+    search: Sequence[str] = ()
+    """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
     checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
@@ -262,6 +264,7 @@ class Trainer:
                 early_stopping=config.early_stopping,
                 max_steps=config.max_steps,
                 log_every_steps=config.log_every_steps,
+                search=config.search,
                 config=asdict(config),
             ),
         )

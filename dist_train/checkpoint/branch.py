@@ -12,42 +12,98 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dist_train.checkpoint.catalog import Found, committed, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.catalog import Found, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.manifest import ABANDONED, BRANCH_FILE
+from dist_train.checkpoint.resume import ResumeRequest, Selector, not_found_message, select_named
 from dist_train.checkpoint.store import Store
 from dist_train.errors import NoCheckpointError
 
 Json = Any
 
 
-def find_record(store: Store, requested: str, found: Sequence[Found], attempt: int) -> Json:
-    """The branch that the run is on: what branch.json says (None without one), or a new one where another path is
-    requested. Changes nothing.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A checkpoint and the run directory that it lies in: this run's, or a read-only parent of it."""
+
+    store: Store
+    one: Found
+
+    @property
+    def sequence(self) -> int:
+        return self.one.manifest.sequence if self.one.manifest else -1
+
+    @property
+    def candidate(self) -> list[str]:
+        digest = self.one.manifest.digest if self.one.manifest else ""
+        return [str(self.store.root), self.one.path, digest]
+
+
+def read_record(places: Sequence[Store]) -> Json:
+    """The branch that the run is on, None without one: what the first place with a branch.json says."""
+    for store in places:
+        try:
+            record = json.loads(store.read(BRANCH_FILE))
+            root, *rest = record["origin"]
+            return {**record, "origin": [root or str(store.root), *rest]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def new_record(store: Store, record: Json, request: ResumeRequest, placed: Sequence[Placed], attempt: int) -> Json:
+    """The branch that a request starts. Changes nothing.
+
+    Args:
+        record: the branch that the run is on until now.
+        placed: every checkpoint of the run, its parents' too.
 
     Raises:
-        NoCheckpointError: the path is not a committed checkpoint.
+        NoCheckpointError: there is no such checkpoint, or it cannot be used.
     """
-    record = _read_record(store)
-    if not requested or (record is not None and record["requested"] == requested):
-        return record
-    root, path = _locate(store, requested)
-    origin = read_checkpoint(Store(root), path)
-    if origin.manifest is None:
+    assert request.selector is not None
+    origin, is_ours = _find_origin(store, record, request, request.selector, placed)
+    if origin.one.manifest is None:
         raise NoCheckpointError(
-            f"resume={requested!r} cannot be used: {origin.problem} Give the path of a committed checkpoint folder, "
-            f"for instance {store.root}/checkpoints/step-00001200 (`dist-train ls {store.root}` lists them)."
+            f"resume={request.text!r} cannot be used: {origin.one.problem} Give another checkpoint "
+            f"(`dist-train ls {store.given}` lists them)."
         )
-    newest = max([last_sequence(record), *(manifest.sequence for _, manifest in committed(found))])
-    own = root == str(store.root)
+    newest = max([last_sequence(record), *(one.sequence for one in placed)])
     return {
-        "requested": requested,
-        "origin": ["" if own else root, path, origin.manifest.digest],
-        "origin_sequence": origin.manifest.sequence if own else 0,
-        "first_sequence": max(newest, origin.manifest.sequence) + 1,
+        "requested": request.text,
+        "origin": origin.candidate,
+        "origin_sequence": origin.sequence if is_ours else 0,
+        "first_sequence": max(newest, origin.sequence) + 1,
         "attempt": attempt,
     }
+
+
+def _find_origin(
+    store: Store, record: Json, request: ResumeRequest, selector: Selector, placed: Sequence[Placed]
+) -> tuple[Placed, bool]:
+    """The checkpoint to start from, and whether it is one of this run's."""
+    if selector.kind == "path":
+        root, path = _locate(store, selector.path)
+        is_ours = any(str(one.store.root) == root for one in placed) or root == str(store.root)
+        return Placed(store if root == str(store.root) else Store(root), read_checkpoint(Store(root), path)), is_ours
+    current = [one for one in placed if not is_left_behind(record, one.one)]
+    chosen = select_named(selector, [one.one for one in current])
+    if chosen is None:
+        found = [one.one for one in current]
+        more = _abandoned_hint(store)
+        raise NoCheckpointError(
+            f"resume={request.text!r}: {not_found_message(request.text, selector, store.given, found)}{more}"
+        )
+    return next(one for one in current if one.one is chosen), True
+
+
+def _abandoned_hint(store: Store) -> str:
+    folders = [f"{ABANDONED}/{name}" for name in store.list(ABANDONED)]
+    count = sum(len(store.list(folder)) for folder in folders)
+    left = f"{count} checkpoint{'s' if count > 1 else ''} that a branch left behind"
+    return f" {store.shown(ABANDONED)} holds {left}: give the path of one." if count else ""
 
 
 def last_sequence(record: Json) -> int:
@@ -55,36 +111,35 @@ def last_sequence(record: Json) -> int:
     return record["first_sequence"] - 1 if record else 0
 
 
-def candidates(store: Store, record: Json, found: Sequence[Found]) -> Json:
+def candidates(record: Json, placed: Sequence[Placed]) -> list[list[str]]:
     """The checkpoints to try, best first: the branch's own, then its origin."""
-    own = [(path, m) for path, m in committed(found) if m.sequence >= record["first_sequence"]]
-    root, path, digest = record["origin"]
-    origin = [root or str(store.root), path, digest]
-    return [*([str(store.root), path, manifest.digest] for path, manifest in reversed(own)), origin]
+    own = [one for one in placed if one.one.manifest and one.sequence >= record["first_sequence"]]
+    own.sort(key=lambda one: one.sequence, reverse=True)
+    return [*(one.candidate for one in own), list(record["origin"])]
 
 
-def without_left_behind(record: Json, found: Sequence[Found]) -> list[Found]:
-    """Those that a branch does not leave behind: its origin and what is older, and its own."""
-    return [one for one in found if not _is_left_behind(record, one)]
-
-
-def settle(store: Store, record: Json) -> bool:
-    """Records the branch, then moves what it leaves behind; both only where not done yet. Whether it is a new one."""
+def settle(store: Store, record: Json) -> None:
+    """Records the branch, then moves what it leaves behind; both only where not done yet."""
     if record is None:
-        return False
-    is_new = record != _read_record(store)
-    if is_new:
-        store.replace(BRANCH_FILE, json.dumps(record).encode())
+        return
+    if record != read_record([store]):
+        store.replace(BRANCH_FILE, json.dumps(_relative(store, record)).encode())
     for one in list_checkpoints(store):
-        if _is_left_behind(record, one):
+        if is_left_behind(record, one):
             _abandon(store, one.path, record["attempt"])
-    return bool(is_new)
 
 
-def _is_left_behind(record: Json, one: Found) -> bool:
+def is_left_behind(record: Json, one: Found) -> bool:
+    """Newer than the branch's origin and not the branch's own."""
     if record is None or one.manifest is None:
         return False
     return bool(record["origin_sequence"] < one.manifest.sequence < record["first_sequence"])
+
+
+def _relative(store: Store, record: Json) -> Json:
+    """The record with an origin of this run directory by its path alone, so that the directory may be moved."""
+    root, *rest = record["origin"]
+    return {**record, "origin": ["" if root == str(store.root) else root, *rest]}
 
 
 def _locate(store: Store, requested: str) -> tuple[str, str]:
@@ -106,10 +161,3 @@ def _abandon(store: Store, path: str, attempt: int) -> None:
     store.rename(path, f"{folder}/{path.rsplit('/', 1)[-1]}")
     store.sync_directory(folder)
     store.sync_directory(path.rsplit("/", 1)[0])
-
-
-def _read_record(store: Store) -> Json:
-    try:
-        return json.loads(store.read(BRANCH_FILE))
-    except (OSError, ValueError):
-        return None

@@ -14,6 +14,7 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from dist_train.checkpoint.manifest import (
     step_name,
 )
 from dist_train.checkpoint.ownership import Ownership
+from dist_train.checkpoint.parents import read_run_id
 from dist_train.checkpoint.plan import Plan, make_plan, signature_of
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.restorer import Opened, Restorer
@@ -70,9 +72,10 @@ class Checkpointer:
     Args:
         store: the run directory.
         policy: what to keep, and how many failed saves in a row are survived.
+        search: patterns of read-only places with earlier checkpoints of this run.
     """
 
-    def __init__(self, store: Store, world: World, policy: CheckpointPolicy) -> None:
+    def __init__(self, store: Store, world: World, policy: CheckpointPolicy, *, search: Sequence[str] = ()) -> None:
         self.store = store
         self.world = world
         self.policy = policy
@@ -80,7 +83,7 @@ class Checkpointer:
         self.attempt = 0
         self.committed: Progress | None = None
         """Progress of the newest durable checkpoint, as far as the main rank knows."""
-        self._restorer = Restorer(store, world)
+        self._restorer = Restorer(store, world, search)
         self._ownership = Ownership(store) if world.is_main else None
         self._writer: Writer | None = None
         self._plan: Plan | None = None
@@ -136,11 +139,12 @@ class Checkpointer:
 
     def _identify(self) -> str:
         """The run's id; where run.json is missing or damaged, that of the newest checkpoint, or a new one."""
-        try:
-            return str(json.loads(self.store.read(RUN_FILE))["run_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            known = committed(list_checkpoints(self.store))
-        run_id = known[-1][1].run_id if known else uuid.uuid4().hex
+        self._restorer.find_parents()
+        if run_id := read_run_id(self.store):
+            return run_id
+        places = [self.store, *self._restorer.parents]
+        known = [manifest for one in places for _, manifest in committed(list_checkpoints(one))[-1:]]
+        run_id = known[0].run_id if known else uuid.uuid4().hex
         created = {"run_id": run_id, "created": time.time(), "format": FORMAT_VERSION}
         self.store.replace(RUN_FILE, json.dumps(created).encode())
         return run_id

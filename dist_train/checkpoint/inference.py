@@ -1,6 +1,14 @@
-"""A saved model's weights for inference, without the rest of the run."""
+"""A saved model's weights for inference, without the rest of the run.
+
+Invariant: only what was verified is read, tensor by tensor from the mapped file into the model: no second copy of it
+is made. The run directory is not changed.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -9,17 +17,21 @@ from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.selection import select_checkpoint
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
+from dist_train.console import ByteMeter
 from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StateMismatchError
 from dist_train.state import LiveState
 
+_Model = TypeVar("_Model", bound=nn.Module | Mapping[str, nn.Module])
 
-def load_model(run_dir: str, checkpoint: str, model: nn.Module) -> nn.Module:
+
+def load_model(run_dir: str, checkpoint: str, model: _Model) -> _Model:
     """Fills a model with the weights and buffers of a checkpoint and returns it.
 
     Args:
         run_dir: a run directory.
-        checkpoint: `latest`, `best`, `step:1200`, or the path of a checkpoint folder.
-        model: built as for training; on any device, unwrapped or not.
+        checkpoint: `latest`, `best`, `epoch:15`, `step:1200`, or the path of a checkpoint folder.
+        model: built as for training; on any device, unwrapped or not. A mapping of names for a run with several
+            models; those that are not in it are not loaded.
 
     Raises:
         NoCheckpointError: there is no such checkpoint.
@@ -27,16 +39,13 @@ def load_model(run_dir: str, checkpoint: str, model: nn.Module) -> nn.Module:
         StateMismatchError: names, shapes or dtypes differ from the model's.
     """
     store, path, manifest = find_checkpoint(run_dir, checkpoint)
-    damages = verify_checkpoint(store, path, manifest)
-    if damages:
-        raise CorruptCheckpointError(
-            f"{store.path(path)} cannot be used: {'; '.join(map(str, damages))}. Choose another checkpoint "
-            f"(`dist-train ls {run_dir}` lists them).",
-            str(store.path(path)),
-        )
+    files = files_for_inference(manifest)
+    meter = ByteMeter(sum(manifest.files[name].size for name in files), sys.stderr)
+    require_whole(store, path, manifest, files, meter)
     reader = CheckpointReader(store, path, manifest)
     try:
-        LiveState(models={"": model}, optimizers={}).restore(manifest.state, {}, reader)
+        models = dict(model) if isinstance(model, Mapping) else {"": cast(nn.Module, model)}
+        LiveState(models=models, optimizers={}).restore(manifest.state, {}, reader)
     except StateMismatchError as error:
         raise StateMismatchError(
             f"{store.path(path)} does not fit the model: {error}. The model is unchanged."
@@ -52,3 +61,23 @@ def find_checkpoint(run_dir: str, checkpoint: str) -> tuple[Store, str, Manifest
     if found.manifest is None:
         raise found.problem or NoCheckpointError(f"{store.path(found.path)} holds no checkpoint.")
     return store, found.path, found.manifest
+
+
+def files_for_inference(manifest: Manifest) -> list[str]:
+    """All but the optimizer's, which are most of the bytes."""
+    return [name for name in sorted(manifest.files) if not name.startswith("optimizer-")]
+
+
+def require_whole(store: Store, path: str, manifest: Manifest, files: Collection[str], meter: ByteMeter) -> None:
+    """Raises CorruptCheckpointError where the bytes of these files are not those that were committed."""
+    meter.name = f"verify {path.rsplit('/', 1)[-1]}"
+    try:
+        damages = verify_checkpoint(store, path, manifest, files=files, on_bytes=meter.add)
+    finally:
+        meter.pause()
+    if damages:
+        raise CorruptCheckpointError(
+            f"{store.path(path)} cannot be used: {'; '.join(map(str, damages))}. Choose another checkpoint "
+            f"(`dist-train ls {store.given}` lists them).",
+            str(store.path(path)),
+        )

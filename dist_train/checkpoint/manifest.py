@@ -141,7 +141,14 @@ class Manifest:
     best: Best | None = None
     world_size: int = 1
     reason: str = ""
-    """Why it was saved: every_steps, every_epochs, every, end, requested."""
+    """Why it was saved: every_steps, every_epochs, every, end, requested, import."""
+
+    @property
+    def absent(self) -> list[str]:
+        """Kinds of state that it was made without: optimizer, scheduler, scaler, rng, user. They start fresh when it
+        is resumed from.
+        """
+        return list(self.settings.get("absent", []))
 
     @property
     def num_bytes(self) -> int:

@@ -90,6 +90,14 @@ class CheckpointReader:
         self.fill(name, created)
         return created.detach()
 
+    def view(self, name: str) -> torch.Tensor:
+        """The stored values on the CPU, mapped from the file without a copy where they lie there in one piece."""
+        shape, _ = self.describe(name)
+        parts = self._parts[self._resolve(name)]
+        if len(parts) == 1 and parts[0][1].sizes == shape and not self._manifest.tensors[self._resolve(name)].order:
+            return _view(*parts[0])
+        return self.create(name, torch.device("cpu"))
+
     def _resolve(self, name: str) -> str:
         return self._manifest.aliases.get(name, name)
 

@@ -7,12 +7,15 @@ Invariant: what cannot be used is named with its reason and set aside, never del
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dist_train.checkpoint import branch
-from dist_train.checkpoint.catalog import committed, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.branch import Placed
+from dist_train.checkpoint.catalog import list_checkpoints, read_checkpoint
 from dist_train.checkpoint.manifest import CHECKPOINTS, CORRUPT_PREFIX, Manifest
+from dist_train.checkpoint.parents import find_parents
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.resume import ResumeRequest, select_candidates
 from dist_train.checkpoint.store import Store
@@ -38,15 +41,24 @@ class Opened:
 class Restorer:
     """Finds and opens one checkpoint. `find` and `settle_branch` are collective."""
 
-    def __init__(self, store: Store, world: World) -> None:
+    def __init__(self, store: Store, world: World, search: Sequence[str] = ()) -> None:
         self.problems: list[str] = []
         """Checkpoints that could not be used, and why; on the main rank."""
         self.last_sequence = 0
         """The highest sequence that the run has used, on the main rank."""
+        self.parents: list[Store] = []
+        """Read-only run directories with earlier checkpoints of this run, on the main rank."""
+        self.branch: Json = None
+        """The branch that the run is on, on the main rank; None when it never branched."""
         self._store = store
         self._world = world
+        self._search = search
         self._attempt = 0
-        self._branch: Json = None
+        self._branch_is_new = False
+
+    def find_parents(self) -> None:
+        """Looks into the read-only places of `search`; on the main rank."""
+        self.parents = find_parents(self._store, self._search)
 
     def find(self, resume: str, attempt: int) -> Opened | None:
         """The checkpoint to continue from, its digests verified; None is a fresh start.
@@ -62,7 +74,7 @@ class Restorer:
             opened = self._try_open(root, path, digest)
             if opened is not None:
                 return opened
-        if candidates and request.kind in ("must", "path"):
+        if candidates and request.kind in ("must", "branch"):
             raise NoCheckpointError(
                 f"resume={resume!r}, but no checkpoint can be used. {' '.join(self.problems)} "
                 f"Give another one, or resume='auto' to start from the beginning."
@@ -70,19 +82,25 @@ class Restorer:
         return None
 
     def _candidates(self, request: ResumeRequest) -> Json:
-        found = list_checkpoints(self._store)
-        for one in found:
-            if isinstance(one.problem, FormatVersionError):
-                raise one.problem
-        self._branch = branch.find_record(self._store, request.path, found, self._attempt)
-        self.last_sequence = max([branch.last_sequence(self._branch), *(one.sequence for _, one in committed(found))])
-        if request.kind == "path":
-            return branch.candidates(self._store, self._branch, found)
-        chosen = select_candidates(request, branch.without_left_behind(self._branch, found), str(self._store.root))
-        for one in found:
+        own = list_checkpoints(self._store)
+        placed = [Placed(store, one) for store in self.parents for one in list_checkpoints(store)]
+        placed += [Placed(self._store, one) for one in own]
+        for each in placed:
+            if isinstance(each.one.problem, FormatVersionError):
+                raise each.one.problem
+        self.branch = branch.read_record([self._store, *self.parents])
+        if request.kind == "branch" and (self.branch is None or self.branch["requested"] != request.text):
+            self.branch = branch.new_record(self._store, self.branch, request, placed, self._attempt)
+            self._branch_is_new = True
+        self.last_sequence = max([branch.last_sequence(self.branch), *(each.sequence for each in placed)], default=0)
+        if request.kind == "branch":
+            return branch.candidates(self.branch, placed)
+        current = [each for each in placed if not branch.is_left_behind(self.branch, each.one)]
+        chosen = select_candidates(request, [each.one for each in current], str(self._store.root))
+        for one in own:
             if one.problem is not None:
                 self._set_aside(one.path, str(one.problem))
-        return [[str(self._store.root), one.path, one.manifest.digest if one.manifest else ""] for one in chosen]
+        return [each.candidate for one in chosen for each in current if each.one is one]
 
     def settle_branch(self) -> bool:
         """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective.
@@ -90,7 +108,8 @@ class Restorer:
         Returns:
             Whether a branch was started now.
         """
-        return bool(self._world.on_main(lambda: branch.settle(self._store, self._branch), "starting the branch"))
+        self._world.on_main(lambda: branch.settle(self._store, self.branch), "starting the branch")
+        return bool(self._world.broadcast(self._branch_is_new, "whether a branch was started"))
 
     def _try_open(self, root: str, path: str, digest: str) -> Opened | None:
         """Collective: None on all ranks when any rank cannot use it."""

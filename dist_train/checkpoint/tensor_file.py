@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ class FileLayout:
     num_bytes: int = 0
 
 
-def lay_out(group: str, parts: Sequence[Part]) -> FileLayout:
+def lay_out(group: str, parts: Sequence[Part], metadata: Mapping[str, str] | None = None) -> FileLayout:
     """Header and byte positions of a file; widest elements first, so that every tensor is aligned to its element."""
     ordered = sorted(parts, key=lambda part: (-DTYPES[part.dtype].itemsize, part.key))
     entries: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def lay_out(group: str, parts: Sequence[Part]) -> FileLayout:
         stop = position + part.num_bytes
         entries[part.key] = {"dtype": part.dtype, "shape": list(part.sizes), "data_offsets": [position, stop]}
         position = stop
-    header = _header({"format": "pt", **_describe_parts(ordered)}, entries)
+    header = _header({"format": "pt", **_describe_parts(ordered), **(metadata or {})}, entries)
     starts = [len(header) + entries[part.key]["data_offsets"][0] for part in ordered]
     placed = [_at(part, start) for part, start in zip(ordered, starts, strict=True)]
     return FileLayout(group=group, header=header, parts=placed, num_bytes=len(header) + position)

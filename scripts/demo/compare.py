@@ -17,8 +17,8 @@ from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
-from dist_train.console import read_metrics
 from dist_train.errors import DistTrainError
+from dist_train.history import read_metrics
 
 Tensors = dict[str, torch.Tensor]
 SHOWN_NAMES = 3

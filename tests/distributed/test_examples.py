@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.checkpoint.store import Store
-from dist_train.console import read_metrics
+from dist_train.history import read_metrics
 from tests.support.chaos import ChaosPlan
 from tests.support.launch import ROOT, Outcome, run_again_until_done, run_command, torchrun
 from tests.support.twins import assert_same_run

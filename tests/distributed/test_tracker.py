@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dist_train.checkpoint.store import Store
-from dist_train.console import read_metrics
+from dist_train.history import read_metrics
 from tests.support.launch import ROOT, run_again_until_done, torchrun
 
 pytestmark = pytest.mark.distributed

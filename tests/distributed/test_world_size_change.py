@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.checkpoint.store import Store
-from dist_train.console import read_metrics
+from dist_train.history import read_metrics
 from tests.support.chaos import ChaosPlan
 from tests.support.launch import ROOT, run_command, torchrun
 from tests.support.specimen import EPOCHS, NUM_SAMPLES

@@ -13,8 +13,9 @@ import pytest
 
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
-from dist_train.console import EventLog, MetricsLog, read_metrics
+from dist_train.console import EventLog, MetricsLog
 from dist_train.errors import SaveFailedError, StorageError
+from dist_train.history import read_metrics
 from dist_train.run import Run
 from tests.support.damage import events
 from tests.support.launch import ROOT, run_command

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.errors import DeadlineError, DisagreementError
 from dist_train.replicas import evaluating, fix_bucket_layout
+from dist_train.rng import capture_rng
 from dist_train.run import Run
-from dist_train.state import capture_rng
 from dist_train.world import TorchWorld, World, current_world, init_distributed
 from tests.support.small_run import SmallRun, small_model, squared_error
 

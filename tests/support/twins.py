@@ -15,7 +15,7 @@ from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
-from dist_train.console import read_metrics
+from dist_train.history import read_metrics
 from dist_train.tree import decode
 
 COMPARED = ("progress", "state", "rank_state", "metrics", "train_loss", "best", "aliases")

@@ -455,7 +455,7 @@ def test_progress_is_shown_on_a_terminal_only(trained: Path, call: Call, monkeyp
             return True
 
     terminal = Terminal()
-    monkeypatch.setattr("dist_train.cli._SECONDS_BETWEEN_DRAWS", 0.0)
+    monkeypatch.setattr("dist_train.console.METER_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     assert call("verify", trained)[0] == 0
     assert "step-00000004  " in terminal.getvalue()

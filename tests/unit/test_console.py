@@ -21,13 +21,12 @@ from dist_train.console import (
     EventLog,
     MetricsLog,
     bytes_text,
-    fold_metrics,
     metric_label,
     metric_text,
     print_text,
-    read_metrics,
     set_up_logging,
 )
+from dist_train.history import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -275,120 +274,3 @@ def test_lines_that_could_not_be_written_come_with_the_next_ones(tmp_path: Path)
     log.flush()
     log.flush()
     assert [record["loss"] for record in read_metrics(Store(tmp_path))] == [5, 4, 3]
-
-
-# metrics.jsonl and its fold
-
-
-def log_of(tmp_path: Path, attempt: int, parent: int | None, keep: int, losses: list[float]) -> MetricsLog:
-    log = MetricsLog(Store(tmp_path))
-    log.start(attempt, parent, keep)
-    for loss in losses:
-        log.write(kind="step", loss=loss)
-    return log
-
-
-def losses_of(tmp_path: Path, attempt: int | None = None) -> list[float]:
-    lines = (tmp_path / "metrics.jsonl").read_bytes().decode(errors="replace").splitlines()
-    return [record["loss"] for record in fold_metrics(lines, attempt)]
-
-
-def test_without_a_log_there_is_no_history(tmp_path: Path) -> None:
-    assert read_metrics(Store(tmp_path)) == []
-    assert fold_metrics([]) == []
-
-
-def test_the_history_of_one_attempt_is_what_it_wrote(tmp_path: Path) -> None:
-    assert log_of(tmp_path, 1, None, 0, [5, 4, 3]).count == 3
-    assert read_metrics(Store(tmp_path)) == [{"kind": "step", "loss": loss} for loss in (5, 4, 3)]
-
-
-def test_a_resume_keeps_the_parents_records_up_to_the_checkpoint(tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [5, 4, 3, 2])
-    assert log_of(tmp_path, 2, 1, 2, [30, 20, 10]).count == 5
-    assert losses_of(tmp_path) == [5, 4, 30, 20, 10]
-
-
-def test_a_chain_of_attempts_is_folded_to_one_history(tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [1.0, 1.1, 1.2, 1.3])
-    log_of(tmp_path, 2, 1, 3, [2.3, 2.4, 2.5])
-    log_of(tmp_path, 3, 2, 4, [3.4])
-    log_of(tmp_path, 4, 3, 2, [4.2, 4.3])  # its checkpoint is older than those of attempts 2 and 3
-    log_of(tmp_path, 5, 4, 4, [])
-    assert losses_of(tmp_path) == [1.0, 1.1, 4.2, 4.3]
-    assert losses_of(tmp_path, 3) == [1.0, 1.1, 1.2, 2.3, 3.4]
-    assert losses_of(tmp_path, 1) == [1.0, 1.1, 1.2, 1.3]
-
-
-def test_an_attempt_that_died_at_once_hands_its_parents_history_on(tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [5, 4])
-    log_of(tmp_path, 2, 1, 2, [])
-    log_of(tmp_path, 3, 1, 2, [3])
-    assert losses_of(tmp_path) == [5, 4, 3]
-
-
-def test_a_fresh_start_forgets_what_dead_attempts_recorded(tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [5, 4])
-    log_of(tmp_path, 2, None, 0, [50])
-    assert losses_of(tmp_path) == [50]
-
-
-def test_a_branch_leaves_the_other_branchs_records_out(tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [1.0, 1.1, 1.2])
-    log_of(tmp_path, 2, 1, 3, [2.3, 2.4])
-    log_of(tmp_path, 3, 1, 1, [3.1, 3.2])  # a branch of attempt 1's first checkpoint
-    log_of(tmp_path, 4, 3, 3, [4.3])
-    assert losses_of(tmp_path) == [1.0, 3.1, 3.2, 4.3]
-    assert losses_of(tmp_path, 2) == [1.0, 1.1, 1.2, 2.3, 2.4]
-
-
-def test_a_branch_of_another_run_begins_with_what_it_inherits(tmp_path: Path) -> None:
-    log = MetricsLog(Store(tmp_path))
-    log.start(1, None, 0, [{"kind": "step", "loss": 9.0}, {"kind": "step", "loss": 8.0}])
-    log.write(kind="step", loss=7.0)
-    assert log.count == 3
-    assert losses_of(tmp_path) == [9.0, 8.0, 7.0]
-
-
-@pytest.mark.parametrize("cut", range(1, 60, 7))
-def test_a_line_torn_by_a_kill_is_left_out_and_the_next_one_is_whole(cut: int, tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [5, 4, 3])
-    path = tmp_path / "metrics.jsonl"
-    whole = path.read_bytes()
-    last = len(whole.splitlines(keepends=True)[-1])
-    path.write_bytes(whole[: -min(cut, last)])
-    kept = [5, 4, 3] if cut == 1 else [5, 4]  # a cut of 1 takes the newline only
-    assert losses_of(tmp_path) == kept
-    log_of(tmp_path, 2, 1, 2, [30])
-    assert losses_of(tmp_path) == [5, 4, 30]
-
-
-@pytest.mark.parametrize("rubbish", ["", "{", "[]", "7", "null", '{"kind": "step"}', '{"attempt": "one"}', "\x00\x00"])
-def test_lines_that_are_no_records_are_left_out(rubbish: str, tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [5])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(rubbish + "\n")
-    log_of(tmp_path, 2, 1, 1, [4])
-    assert losses_of(tmp_path) == [5, 4]
-
-
-def test_bytes_that_are_no_text_are_left_out(tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [5])
-    with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b"\xff\xfe\x80 rubbish\n")
-    assert [record["loss"] for record in read_metrics(Store(tmp_path))] == [5]
-
-
-def test_a_record_that_was_written_twice_counts_once(tmp_path: Path) -> None:
-    log_of(tmp_path, 1, None, 0, [5, 4])
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
-    log_of(tmp_path, 2, 1, 2, [3])
-    assert losses_of(tmp_path) == [5, 4, 3]
-
-
-def test_records_hold_no_attempt_after_folding(tmp_path: Path) -> None:
-    """So that the histories of a killed and an uninterrupted run can be equal."""
-    log_of(tmp_path, 1, None, 0, [5])
-    log_of(tmp_path, 2, 1, 1, [4])
-    assert read_metrics(Store(tmp_path)) == [{"kind": "step", "loss": 5}, {"kind": "step", "loss": 4}]

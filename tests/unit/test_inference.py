@@ -19,7 +19,7 @@ from dist_train.errors import (
     NoCheckpointError,
     StateMismatchError,
 )
-from dist_train.state import capture_rng
+from dist_train.rng import capture_rng
 from tests.support.small_run import EACH_EPOCH, SmallRun, small_model, smooth_model
 from tests.support.twins import same_bits
 
@@ -116,7 +116,7 @@ def test_a_run_without_metrics_has_no_best(tmp_path: Path) -> None:
 
 def test_a_name_that_is_nothing_is_an_error_that_says_what_may_be_given(run_dir: Path) -> None:
     with pytest.raises(
-        NoCheckpointError, match=r"'newest' is no checkpoint: expected latest, best, step:N or the path"
+        NoCheckpointError, match=r"'newest' is no checkpoint: expected latest, best, epoch:10, step:1200 or the path"
     ):
         load_model(str(run_dir), "newest", blank())
 

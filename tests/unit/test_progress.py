@@ -14,8 +14,9 @@ from dist_train.checkpoint.checkpointer import Opened
 from dist_train.checkpoint.manifest import Best, Manifest, Progress
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
-from dist_train.console import MetricsLog, read_metrics
+from dist_train.console import MetricsLog
 from dist_train.errors import ConfigError
+from dist_train.history import read_metrics
 from dist_train.metrics import EarlyStopping
 from dist_train.order import EpochLayout
 from dist_train.progress import RunProgress

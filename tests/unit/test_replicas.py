@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.replicas import broadcast_buffers, evaluating, fix_bucket_layout
-from dist_train.state import capture_rng
+from dist_train.rng import capture_rng
 from dist_train.world import SoloWorld
 from tests.support.small_run import small_model
 

@@ -25,7 +25,6 @@ from dist_train import run as run_module
 from dist_train.checkpoint.manifest import CHECKPOINTS
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Operation, Store
-from dist_train.console import read_metrics
 from dist_train.data import data_loader
 from dist_train.errors import (
     ConfigError,
@@ -35,9 +34,10 @@ from dist_train.errors import (
     StopReason,
     UnsaveableStateError,
 )
+from dist_train.history import read_metrics
 from dist_train.metrics import EarlyStopping
+from dist_train.rng import capture_rng
 from dist_train.run import Run, RunOptions
-from dist_train.state import capture_rng
 from tests.support.small_run import (
     AT_THE_END,
     EACH_EPOCH,
@@ -263,11 +263,8 @@ def test_a_nan_is_never_the_best(run_dir: Path) -> None:
     run = SmallRun(run_dir=run_dir, metrics=lambda run: {"val": next(values)}).train()
     assert run.best == 3.0
     assert (run_dir / "best").resolve().name == "step-00000010"
-    assert [record["val"] for record in read_metrics(Store(run_dir)) if record["kind"] == "epoch"] == [
-        "nan",
-        3.0,
-        "nan",
-    ]
+    recorded = [record["val"] for record in read_metrics(Store(run_dir)) if record["kind"] == "epoch"]
+    assert [math.isnan(value) for value in recorded] == [True, False, True]
 
 
 def test_a_monitor_that_was_never_measured_is_an_error_that_names_what_was(run_dir: Path) -> None:

@@ -18,8 +18,8 @@ from torch import nn
 from dist_train import trainer as trainer_module
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
-from dist_train.console import read_metrics
 from dist_train.errors import ConfigError, DisagreementError, StopReason
+from dist_train.history import read_metrics
 from dist_train.metrics import MAE, SMAPE, EarlyStopping
 from dist_train.trainer import TrainConfig, Trainer, TrainResult, seed_everything
 from tests.support.small_run import (

@@ -1,0 +1,124 @@
+"""Files and folders for elsewhere that appear whole or not at all: written under a hidden name, fsynced, renamed.
+
+Invariant: under the name that was asked for there is never a part of a file; what was there stays until the new one
+is durable. It knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from dist_train.checkpoint.store import Store, is_out_of_space
+from dist_train.console import bytes_text
+from dist_train.errors import ConfigError, DistTrainError, StorageError
+
+_SLACK_BYTES = 1 << 20
+_WEIGHTS = ".safetensors"
+_INDEX = ".safetensors.index.json"
+
+
+@contextlib.contextmanager
+def new_file(target: str, *, needed_bytes: int, force: bool) -> Iterator[BinaryIO]:
+    """A file to be written; it gets its name when the block ends well, and is gone when it does not.
+
+    Raises:
+        ConfigError: the target is there already (and `force` is not given), or is a directory.
+        StorageError: the disk has no room for `needed_bytes`, or a write failed.
+    """
+    store, name = _prepare(target, needed_bytes, force, is_folder=False)
+    temporary = _temporary(name)
+    try:
+        with open(store.path(temporary), "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        store.rename(temporary, name)
+        store.sync_directory("")
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            store.unlink(temporary)
+        raise _told(error, target) from error
+
+
+@contextlib.contextmanager
+def new_folder(target: str, *, needed_bytes: int, force: bool) -> Iterator[Store]:
+    """A folder to be filled with files by `write_into`; it gets its name when the block ends well.
+
+    With `force`, weights in an existing folder are replaced; its other files (a config, a tokenizer) stay.
+    """
+    parent, name = _prepare(target, needed_bytes, force, is_folder=True)
+    temporary = _temporary(name)
+    try:
+        parent.make_directory(temporary, exist_ok=False)
+        staging = Store(parent.path(temporary))
+        yield staging
+        staging.sync_directory("")
+        if parent.list(name):
+            _replace_weights(parent, name, temporary)
+        else:
+            parent.rename(temporary, name)  # also over an empty directory
+        parent.sync_directory("")
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            parent.remove_tree(temporary)
+        raise _told(error, target) from error
+
+
+@contextlib.contextmanager
+def write_into(folder: Store, name: str) -> Iterator[BinaryIO]:
+    """A file of a new folder, fsynced at the end."""
+    with open(folder.path(name), "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_weights(parent: Store, name: str, temporary: str) -> None:
+    """The index goes first and comes last: at no moment does one name shards that are not there."""
+    old = [one for one in parent.list(name) if one.endswith((_WEIGHTS, _INDEX))]
+    for one in sorted(old, key=lambda file: not file.endswith(_INDEX)):
+        parent.unlink(f"{name}/{one}")
+    for one in sorted(parent.list(temporary), key=lambda file: file.endswith(_INDEX)):
+        parent.rename(f"{temporary}/{one}", f"{name}/{one}")
+    parent.sync_directory(name)
+    parent.remove_tree(temporary)
+
+
+def _prepare(target: str, needed_bytes: int, force: bool, *, is_folder: bool) -> tuple[Store, str]:
+    full = os.path.abspath(target)
+    parent, name = os.path.split(full)
+    if os.path.lexists(full):
+        if os.path.isdir(full) is not is_folder:
+            what = "a file, and a folder" if is_folder else "a directory, and a file"
+            raise ConfigError(f"{target} is {what} is to be written. Give another path with --to.")
+        if not force and not (is_folder and not os.listdir(full)):
+            raise ConfigError(f"{target} is there already. Give another path with --to, or --force to replace it.")
+    store = Store(parent)
+    try:
+        store.make_directory("")
+        free = store.free_bytes()
+    except OSError as error:
+        raise _told(error, target) from error
+    if free < needed_bytes + _SLACK_BYTES:
+        raise StorageError(
+            f"{target} was not written: it needs {bytes_text(needed_bytes)}, {bytes_text(free)} are free in {parent}. "
+            f"Free space or choose a place on another disk with --to."
+        )
+    return store, name
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.{os.getpid()}-{time.monotonic_ns()}.tmp"
+
+
+def _told(error: BaseException, target: str) -> BaseException:
+    """An error of the disk as one paragraph; any other as it is."""
+    if not isinstance(error, OSError) or isinstance(error, DistTrainError):
+        return error
+    why = "the disk is full or a quota is exceeded" if is_out_of_space(error) else error.strerror or str(error)
+    next_step = "Free space, or choose" if is_out_of_space(error) else "Choose"
+    return StorageError(f"{target} was not written: {why}. {next_step} another place with --to, and try again.")

@@ -1,0 +1,100 @@
+"""Read-only places with earlier checkpoints of the same run, such as the attached output of an earlier session.
+
+    globs -> directories -> run directories below them -> those of the same run, newest first
+
+Invariant: reads only. Which checkpoint is taken is decided by sequence, as everywhere.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+from dist_train.checkpoint.catalog import committed, list_checkpoints
+from dist_train.checkpoint.manifest import CHECKPOINTS, RUN_FILE
+from dist_train.checkpoint.store import Store
+from dist_train.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+MOST_LEVELS = 4
+"""How deep below a match a run directory may lie."""
+MOST_DIRECTORIES = 10_000
+"""How many directories are looked into; an attached data set may hold a million."""
+
+
+def find_parents(store: Store, patterns: Sequence[str]) -> list[Store]:
+    """Run directories with committed checkpoints of this run, the one with the newest first.
+
+    The run is known by run.json. A fresh run directory takes the run that is there; where several are, the one whose
+    folder has the same name.
+
+    Raises:
+        ConfigError: several runs are there and none or more than one has that name.
+    """
+    runs: dict[str, list[tuple[int, Store]]] = {}
+    for root in _run_directories(patterns, os.path.realpath(store.root)):
+        one = Store(root)
+        if known := committed(list_checkpoints(one)):
+            runs.setdefault(known[-1][1].run_id, []).append((known[-1][1].sequence, one))
+    run_id = read_run_id(store) or _only_run(store, runs)
+    return [one for _, one in sorted(runs.get(run_id, []), key=lambda pair: pair[0], reverse=True)]
+
+
+def read_run_id(store: Store) -> str:
+    """What run.json says; "" where it is missing or damaged."""
+    try:
+        return str(json.loads(store.read(RUN_FILE))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _only_run(store: Store, runs: dict[str, list[tuple[int, Store]]]) -> str:
+    namesakes = [run for run, places in runs.items() if any(one.root.name == store.root.name for _, one in places)]
+    chosen = namesakes if len(runs) > 1 else list(runs)
+    if len(chosen) == 1 or not runs:
+        return next(iter(chosen), "")
+    places = ", ".join(sorted(str(one.root) for found in runs.values() for _, one in found))
+    raise ConfigError(
+        f"search finds {len(runs)} different runs ({places}), and not exactly one of them is called "
+        f"{store.root.name}. Let the pattern match one run, or give resume= the path of the checkpoint to continue."
+    )
+
+
+def _run_directories(patterns: Sequence[str], own: str) -> Iterator[str]:
+    seen: set[str] = set()
+    for pattern in patterns:
+        for match in sorted(glob.glob(os.path.expanduser(pattern))):
+            for folder in _walk(os.path.realpath(match)):
+                if folder not in seen and folder != own:
+                    seen.add(folder)
+                    yield folder
+
+
+def _walk(top: str) -> Iterator[str]:
+    """Run directories at or below a directory; not those inside of one, nor of hidden folders."""
+    looked = 0
+    level = [top] if os.path.isdir(top) else []
+    for _ in range(MOST_LEVELS + 1):
+        below: list[str] = []
+        for folder in level:
+            looked += 1
+            if looked > MOST_DIRECTORIES:
+                logger.warning("search looked into %d directories below %s and gave up there.", MOST_DIRECTORIES, top)
+                return
+            inside = _folders(folder)
+            if CHECKPOINTS in inside or os.path.isfile(os.path.join(folder, RUN_FILE)):
+                yield folder
+            else:
+                below += [os.path.join(folder, name) for name in inside]
+        level = below
+
+
+def _folders(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []

@@ -1,0 +1,1 @@
+"""The commands of `dist-train`, a file for each kind of thing that a person does."""

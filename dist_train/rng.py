@@ -1,0 +1,50 @@
+"""The random generators of a process as plain values, and back: python, numpy, torch and CUDA.
+
+Invariant: capturing draws no number; what is restored draws what the captured ones would have drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_train.tree import decode, encode
+
+Json = Any
+
+
+def capture_rng() -> dict[str, Json]:
+    """State of every random generator that training may draw from in this process."""
+    generators: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        generators["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
+    tensors: dict[str, torch.Tensor] = {}
+    plain = {**generators, "python": list(generators["python"]), "numpy": list(generators["numpy"])}
+    plain["python"][1] = np.array(plain["python"][1], dtype=np.uint64).astype(np.uint32).tobytes()
+    plain["numpy"][1] = plain["numpy"][1].tobytes()
+    encoded: dict[str, Json] = encode(plain, "rng", tensors)
+    return encoded
+
+
+def restore_rng(json: Mapping[str, Json]) -> None:
+    """Puts back what `capture_rng` saw; a generator that was not captured is left alone."""
+    plain = decode(json, _no_tensors)
+    version, words, gauss = plain["python"]
+    random.setstate((version, tuple(int(word) for word in np.frombuffer(words, dtype=np.uint32)), gauss))
+    kind, keys, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(torch.frombuffer(bytearray(plain["torch"]), dtype=torch.uint8))
+    if "cuda" in plain and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(plain["cuda"]), dtype=torch.uint8))
+
+
+def _no_tensors(name: str, device: str) -> torch.Tensor:
+    raise AssertionError(f"{name}: RNG state holds no tensors")
