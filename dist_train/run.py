@@ -30,7 +30,7 @@ from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy, Moment, should_save
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Event
+from dist_train.checkpoint.writer import Committed, Event
 from dist_train.console import set_up_logging
 from dist_train.data import describe_sampler, training_sampler
 from dist_train.environment import describe_environment
@@ -50,6 +50,7 @@ from dist_train.replicas import evaluating, fix_bucket_layout
 from dist_train.reporter import Reporter
 from dist_train.rng import restore_rng
 from dist_train.state import LiveState, Stateful
+from dist_train.tracking import Tracking
 from dist_train.tree import encode
 from dist_train.world import World, current_world, launcher_is_gone
 
@@ -125,6 +126,7 @@ class Run:
         self._store = self._options.open_store(self.run_dir)
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
+        self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
         self._agreement = Agreement(self.world)
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
@@ -210,6 +212,7 @@ class Run:
             self._restore() if self._opened else self._start_fresh()
             if self._checkpointer.settle_branch():
                 self._reporter.events.write("branched", path=self.resumed_from, global_step=self.global_step)
+            self._start_trackers()
         except BaseException:
             self._checkpointer.close(failed=True)
             raise
@@ -236,6 +239,9 @@ class Run:
         self._report(self._checkpointer.close())
         self._reporter.events.write("stopped", reason=self.reason, global_step=self.global_step)
         self._write_status(self.reason)
+        if self._checkpointer.committed is not None:
+            self._tracking.settle(self._checkpointer.committed, at_end=True)
+        self._tracking.finish()
 
     def _leave_after(self, error: BaseException) -> None:
         """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
@@ -247,6 +253,7 @@ class Run:
                 "stopped", reason=self.reason, global_step=self.global_step, error=_one_line(error)
             )
             self._write_status(self.reason, error=_one_line(error))
+        self._tracking.finish()
 
     def _save_end(self) -> None:
         """The last state is durable when this returns; a failed save is tried once more. Collective."""
@@ -294,6 +301,12 @@ class Run:
         self._reporter.events.write("started", world_size=self.world.world_size, environment=self._environment)
         self._reporter.problems(self._checkpointer.problems)
         differences.warn_of_inexact_device(self.device)
+
+    def _start_trackers(self) -> None:
+        """Where the history stands; see `Tracking`."""
+        is_ours = self._opened is not None and self._opened.manifest.run_id == self._checkpointer.run_id
+        origin = self._opened.origin if self._opened is not None and is_ours else None
+        self._tracking.start(self._checkpointer.run_id, self._progress.now, self._config, origin)
 
     def _say_what_is_not_exact(self) -> None:
         """Once, before the loop."""
@@ -379,7 +392,7 @@ class Run:
             return
         self.epoch_is_complete = False
         values = self._progress.end_epoch(metrics)
-        self._track(values)
+        self._tracking.add(self.global_step, values)
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
         self._reporter.epoch(self.epochs_completed, self._progress.train_loss, self._progress.metrics)
         if self._progress.patience_is_over:
@@ -444,14 +457,9 @@ class Run:
     def _log_step(self) -> None:
         rates = [group["lr"] for optimizer in self._live.optimizers.values() for group in optimizer.param_groups]
         values = self._progress.log_step(float(rates[0]) if rates else None)
-        self._track(values)
+        self._tracking.add(self.global_step, values)
         self._reporter.loss = values["loss"]
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
-
-    def _track(self, values: Mapping[str, float | None]) -> None:
-        if self.accelerator is not None and self.accelerator.trackers:
-            known = {name: value for name, value in values.items() if value is not None}
-            self.accelerator.log(known, step=self.global_step)
 
     def _boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
@@ -529,6 +537,9 @@ class Run:
         keeper = self._checkpointer
         counts = {"failures": keeper.failures, "most_failures": self._policy.max_failed_saves}
         self._reporter.report(events, newest=keeper.committed_step, **counts)
+        for event in events:
+            if isinstance(event, Committed):
+                self._tracking.settle(event.manifest.progress)
 
     def _write_status(self, status: str, error: str = "") -> None:
         if self._checkpointer.is_lost:  # what becomes of an old attempt is no news of the run
