@@ -58,6 +58,13 @@ class Beginning:
         here = self.opened is not None and self.opened.origin is self._store
         return self._progress.now.global_step if here else -1
 
+    @property
+    def origin_of_run(self) -> Store | None:
+        """Where the checkpoint lies that the run goes on from; None for a fresh start and for another run's."""
+        if self.opened is None or self.opened.manifest.run_id != self._checkpointer.run_id:
+            return None
+        return self.opened.origin
+
     def enter(self, resume: str, environment: dict[str, Json], device: torch.device) -> None:
         """Takes the directory over and restores, or starts afresh."""
         self._checkpointer.open()

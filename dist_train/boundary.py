@@ -30,6 +30,7 @@ class Boundary:
 
     Args:
         snapshot: what to save now, given the reason; collective.
+        on_event: called with each thing that the writer has done, after people were told.
         max_steps: stop as done after this many optimizer updates.
     """
 
@@ -42,6 +43,7 @@ class Boundary:
         reporter: Reporter,
         *,
         snapshot: Snapshot,
+        on_event: Callable[[Event], None],
         max_steps: int | None,
     ) -> None:
         self.stop: StopReason | None = None
@@ -56,6 +58,7 @@ class Boundary:
         self._progress = progress
         self._reporter = reporter
         self._snapshot = snapshot
+        self._on_event = on_event
         self._max_steps = max_steps
         self._agreement = Agreement(world)
         self._save_requested = self._wait_requested = False
@@ -148,10 +151,12 @@ class Boundary:
         )
 
     def report(self, events: list[Event]) -> None:
-        """Tells people what the writer has done."""
+        """Tells people and the run what the writer has done."""
         keeper = self._checkpointer
         counts = {"failures": keeper.failures, "most_failures": self._policy.max_failed_saves}
         self._reporter.report(events, newest=keeper.committed_step, **counts)
+        for event in events:
+            self._on_event(event)
 
     def _exchange(self, *, force: bool) -> Agreed:
         due = self._agreement.is_due()

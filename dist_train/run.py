@@ -29,6 +29,7 @@ from dist_train.boundary import Boundary
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.writer import Committed, Event
 from dist_train.data import describe_sampler, training_sampler
 from dist_train.environment import describe_environment
 from dist_train.errors import EXIT_CODES, ConfigError, RunInUseError, StopReason
@@ -38,6 +39,7 @@ from dist_train.progress import RunProgress
 from dist_train.replicas import evaluating, fix_bucket_layout
 from dist_train.reporter import Reporter
 from dist_train.state import Capture, LiveState, Stateful
+from dist_train.tracking import Tracking
 from dist_train.tree import encode
 from dist_train.world import World, current_world
 
@@ -112,6 +114,7 @@ class Run:
         self._store = self._options.open_store(self.run_dir)
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
+        self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._beginning = Beginning(
@@ -124,6 +127,7 @@ class Run:
             self._progress,
             self._reporter,
             snapshot=self._snapshot,
+            on_event=self._on_event,
             max_steps=self._options.max_steps,
         )
 
@@ -200,6 +204,9 @@ class Run:
             fix_bucket_layout(model)
         try:
             self._beginning.enter(self._resume, self._environment, self.device)
+            self._tracking.start(
+                self._checkpointer.run_id, self._progress.now, self._config, self._beginning.origin_of_run
+            )
         except BaseException:
             self._checkpointer.close(failed=True)
             raise
@@ -226,6 +233,9 @@ class Run:
         self._boundary.report(self._checkpointer.close())
         self._reporter.events.write("stopped", reason=self.reason, global_step=self.global_step)
         self._write_status(self.reason)
+        if self._checkpointer.committed is not None:
+            self._tracking.settle(self._checkpointer.committed, at_end=True)
+        self._tracking.finish()
 
     def _leave_after(self, error: BaseException) -> None:
         """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
@@ -237,6 +247,7 @@ class Run:
                 "stopped", reason=self.reason, global_step=self.global_step, error=_one_line(error)
             )
             self._write_status(self.reason, error=_one_line(error))
+        self._tracking.finish()
 
     def _write_status(self, status: str, error: str = "") -> None:
         if self._checkpointer.is_lost:  # what becomes of an old attempt is no news of the run
@@ -318,7 +329,7 @@ class Run:
             return
         self.epoch_is_complete = False
         values = self._progress.end_epoch(metrics)
-        self._track(values)
+        self._tracking.add(self.global_step, values)
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
         self._reporter.epoch(self.epochs_completed, self._progress.train_loss, self._progress.metrics)
         if self._progress.patience_is_over:
@@ -370,14 +381,9 @@ class Run:
     def _log_step(self) -> None:
         rates = [group["lr"] for optimizer in self._live.optimizers.values() for group in optimizer.param_groups]
         values = self._progress.log_step(float(rates[0]) if rates else None)
-        self._track(values)
+        self._tracking.add(self.global_step, values)
         self._reporter.loss = values["loss"]
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
-
-    def _track(self, values: Mapping[str, float | None]) -> None:
-        if self.accelerator is not None and self.accelerator.trackers:
-            known = {name: value for name, value in values.items() if value is not None}
-            self.accelerator.log(known, step=self.global_step)
 
     def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
@@ -385,6 +391,10 @@ class Run:
         if self._boundary.is_leaving and not evaluated:
             self.epoch_is_complete = False
         self._boundary.save_if_due(agreed, ends_epoch=ends_epoch, evaluated=evaluated)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Committed):
+            self._tracking.settle(event.manifest.progress)
 
     def _snapshot(self, reason: str) -> tuple[Capture, Draft]:
         return self._live.capture(), self._progress.draft(reason, self._settings(), self._environment)

@@ -46,6 +46,7 @@ LEVEL_OF_MODULE = {
     "console": PARTS,
     "history": PARTS,
     "tracking": PARTS,
+    "wandb_file": PARTS,
     "reporter": PARTS,
     "progress": PARTS,
     "beginning": PARTS,

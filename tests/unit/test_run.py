@@ -38,7 +38,7 @@ from dist_train.errors import (
 from dist_train.history import read_metrics
 from dist_train.metrics import EarlyStopping
 from dist_train.rng import capture_rng
-from dist_train.run import Run, RunOptions
+from dist_train.run import Run
 from tests.support.small_run import (
     AT_THE_END,
     EACH_EPOCH,
@@ -1135,23 +1135,6 @@ def test_several_models_and_optimizers_are_saved_by_name(run_dir: Path) -> None:
     with Run(str(run_dir), **changed):
         pass
     assert torch.equal(changed["model"]["critic"][0].weight, objects()["model"]["critic"][0].weight)
-
-
-def test_the_run_tells_trackers_each_step_and_epoch_once(run_dir: Path) -> None:
-    stand_in = StandIn()
-    stand_in.trackers = ["one"]
-    SmallRun(run_dir=run_dir, accelerator=stand_in, epochs=1, log_every_steps=2).train()
-    steps = [(step, sorted(values)) for step, values in stand_in.tracked]
-    assert steps == [(2, ["loss", "lr"]), (4, ["loss", "lr"]), (5, ["train_loss", "val"])]
-
-
-def test_a_missing_loss_is_not_sent_to_trackers(run_dir: Path) -> None:
-    stand_in = StandIn()
-    stand_in.trackers = ["one"]
-    with Run(str(run_dir), model=smooth_model(), accelerator=stand_in, options=RunOptions(log_every_steps=1)) as run:
-        for _ in run.epochs(1):
-            run.step()
-    assert [values for _, values in stand_in.tracked] == [{}, {}]
 
 
 def test_a_run_asks_for_its_clock_only_on_the_main_rank(run_dir: Path) -> None:
