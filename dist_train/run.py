@@ -27,10 +27,10 @@ from torch import nn
 from dist_train import differences
 from dist_train.agreement import Agreed, Agreement
 from dist_train.checkpoint.checkpointer import Checkpointer
-from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy, Moment, should_save
+from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy, Moment, parse_seconds, should_save
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Event
+from dist_train.checkpoint.writer import Committed, Event, SaveFailed
 from dist_train.console import set_up_logging
 from dist_train.data import describe_sampler, training_sampler
 from dist_train.environment import describe_environment
@@ -44,6 +44,7 @@ from dist_train.errors import (
     StopReason,
 )
 from dist_train.feed import BatchFeed
+from dist_train.health.deadline import Deadline, session_start
 from dist_train.metrics import EarlyStopping
 from dist_train.progress import RunProgress
 from dist_train.replicas import evaluating, fix_bucket_layout
@@ -70,6 +71,11 @@ class RunOptions:
     """The user's own settings, recorded in every manifest."""
     search: Sequence[str] = ()
     """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
+    max_time: str | float | None = None
+    """How long the session lasts, "11h30m" for instance: the run stops and saves by itself before it is over. Counted
+    from DIST_TRAIN_SESSION_START (Unix time) where that is set, else from the start of the launcher."""
+    time_reserve: str | float | None = None
+    """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
 
@@ -126,6 +132,7 @@ class Run:
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._agreement = Agreement(self.world)
+        self._deadline = _deadline_of(self._options, self.world)
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._opened: Opened | None = None
@@ -199,7 +206,8 @@ class Run:
     # Entering and leaving
 
     def __enter__(self) -> Self:
-        self._environment = describe_environment(self.world.world_size, self.device)
+        precision = str(getattr(self.accelerator, "mixed_precision", "no"))
+        self._environment = describe_environment(self.world.world_size, self.device, precision)
         for model in self._models.values():
             fix_bucket_layout(model)
         try:
@@ -236,6 +244,9 @@ class Run:
         self._report(self._checkpointer.close())
         self._reporter.events.write("stopped", reason=self.reason, global_step=self.global_step)
         self._write_status(self.reason)
+        if self.reason is StopReason.TIME_LIMIT:
+            pending = self._progress.now.evaluation == "pending"
+            self._reporter.time_limit(self._deadline, self.committed_step, evaluation_pending=pending)
 
     def _leave_after(self, error: BaseException) -> None:
         """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
@@ -433,7 +444,15 @@ class Run:
             self._stop = StopReason.EARLY_STOPPED
         elif self._reached_max_steps and self._progress.now.evaluation != "pending":
             self._stop = StopReason.DONE
+        elif self._options.max_time is not None and self._progress.now.epochs_completed < count:
+            self._begin_session()
         self._checkpointer.dry_run(self._live.capture())
+
+    def _begin_session(self) -> None:
+        """A session that has no time for a single step ends here. Collective."""
+        self._deadline.begin()
+        if self.world.broadcast(self._deadline.is_over(), "whether there is time to train"):
+            self._stop = StopReason.TIME_LIMIT
 
     def _restore_rng(self, *, for_good: bool) -> None:
         if self._rng is not None:
@@ -456,7 +475,9 @@ class Run:
     def _boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
         self._report(self._checkpointer.poll())
-        agreed = self._agree(force=ends_epoch or self._save_requested)
+        self._deadline.evaluation_done() if evaluated else self._deadline.step_done()
+        limit = self._time_limit(ends_epoch=ends_epoch, evaluated=evaluated)
+        agreed = self._agree(force=ends_epoch or self._save_requested, stop=self._stop_wish or limit)
         self._raise_failures(agreed)
         if self._reached_max_steps:
             self._stop = self._stop or StopReason.DONE
@@ -484,13 +505,22 @@ class Run:
         self._checkpointer.wait()
         self._report(self._checkpointer.poll())
 
-    def _agree(self, *, force: bool) -> Agreed:
+    def _time_limit(self, *, ends_epoch: bool, evaluated: bool) -> StopReason | None:
+        """Whether what comes next does not fit into the session any more; the main rank's deadline alone may say so."""
+        evaluation_is_next = ends_epoch and not evaluated
+        if self.epochs_completed >= self._reporter.epochs or (self._reached_max_steps and not evaluation_is_next):
+            return None  # nothing comes next
+        steps = 0 if evaluation_is_next else self._agreement.interval
+        evaluation = evaluation_is_next or not self._feed.knows_epoch_end
+        return StopReason.TIME_LIMIT if self._deadline.is_over(steps=steps, evaluation=evaluation) else None
+
+    def _agree(self, *, force: bool, stop: StopReason | None) -> Agreed:
         due = self._agreement.is_due()
         if not (due or force):
             return Agreed()
         agreed = self._agreement.exchange(
             Agreed(
-                stop=self._stop_wish,
+                stop=stop,
                 save_requested=self._save_requested,
                 time_is_up=self._time_is_up(),
                 failed=self._checkpointer.must_end or launcher_is_gone(),
@@ -509,6 +539,7 @@ class Run:
         self._save_requested = False
         self._last_saved_step = self.global_step
         self._last_save_time = time.monotonic()
+        self._deadline.save_begun()
         draft = self._progress.draft(reason, self._settings(), self._environment)
         stall = self._checkpointer.save(self._live.capture(), draft)
         if stall is not None:
@@ -526,6 +557,11 @@ class Run:
     # Telling
 
     def _report(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Committed):
+                self._deadline.save_ended(self._reporter.stall_of(event) + event.seconds)
+            elif isinstance(event, SaveFailed):
+                self._deadline.save_ended()
         keeper = self._checkpointer
         counts = {"failures": keeper.failures, "most_failures": self._policy.max_failed_saves}
         self._reporter.report(events, newest=keeper.committed_step, **counts)
@@ -563,6 +599,19 @@ def _named(objects: Any) -> dict[str, Any]:
     if objects is None or objects == ():
         return {}
     return dict(objects) if isinstance(objects, Mapping) else {"": objects}
+
+
+def _deadline_of(options: RunOptions, world: World) -> Deadline:
+    """The clock is the main rank's."""
+    reserve = None if options.time_reserve is None else parse_seconds(options.time_reserve)
+    if options.max_time is None:
+        return Deadline()
+    seconds = parse_seconds(options.max_time)
+    if seconds <= 0:
+        raise ConfigError(f"max_time is {options.max_time!r}; it must be longer than nothing, for instance '11h30m'.")
+    if not world.is_main:
+        return Deadline()
+    return Deadline(seconds, age_seconds=time.time() - session_start(), reserve_seconds=reserve)
 
 
 def _one_line(error: BaseException) -> str:
