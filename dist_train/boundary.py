@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 from dist_train.agreement import Agreed, Agreement
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
-from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
-from dist_train.checkpoint.writer import Event
-from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
+from dist_train.checkpoint.policy import CheckpointPolicy, Moment, parse_seconds, should_save
+from dist_train.checkpoint.writer import Committed, Event, SaveFailed
+from dist_train.errors import ConfigError, LauncherLostError, SaveFailedError, StopReason
+from dist_train.health.deadline import Deadline, session_start
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.state import Capture
@@ -31,6 +32,7 @@ class Boundary:
     Args:
         snapshot: what to save now, given the reason; collective.
         on_event: called with each thing that the writer has done, after people were told.
+        deadline: of the session; only the main rank's has a limit.
         max_steps: stop as done after this many optimizer updates.
     """
 
@@ -44,6 +46,7 @@ class Boundary:
         *,
         snapshot: Snapshot,
         on_event: Callable[[Event], None],
+        deadline: Deadline,
         max_steps: int | None,
     ) -> None:
         self.stop: StopReason | None = None
@@ -59,6 +62,7 @@ class Boundary:
         self._reporter = reporter
         self._snapshot = snapshot
         self._on_event = on_event
+        self._deadline = deadline
         self._max_steps = max_steps
         self._agreement = Agreement(world)
         self._save_requested = self._wait_requested = False
@@ -87,10 +91,28 @@ class Boundary:
         self._last_saved_step = saved_step
         self._last_save_time = time.monotonic()
 
-    def agree(self, *, ends_epoch: bool) -> Agreed:
-        """Exchanges what the ranks wish, where it is due; afterwards `stop` is what holds. Collective."""
+    def begin_session(self) -> None:
+        """A session that has no time for a single step ends here. Collective."""
+        self._deadline.begin()
+        if self._world.broadcast(self._deadline.is_over(), "whether there is time to train"):
+            self.stop = StopReason.TIME_LIMIT
+
+    def agree(self, *, ends_epoch: bool, evaluated: bool, is_last: bool, evaluation_is_near: bool) -> Agreed:
+        """Exchanges what the ranks wish, where it is due; afterwards `stop` is what holds. Collective.
+
+        Args:
+            is_last: no epoch follows.
+            evaluation_is_near: nobody knows where the epoch ends, so that its evaluation may come with the next step.
+        """
         self.report(self._checkpointer.poll())
-        agreed = self._exchange(force=ends_epoch or self._save_requested)
+        self._deadline.evaluation_done() if evaluated else self._deadline.step_done()
+        evaluation_is_next = ends_epoch and not evaluated
+        nothing_follows = is_last or (self.reached_max_steps and not evaluation_is_next)
+        steps = 0 if evaluation_is_next else self._agreement.interval
+        evaluation = evaluation_is_next or evaluation_is_near
+        over = not nothing_follows and self._deadline.is_over(steps=steps, evaluation=evaluation)
+        wish = self.stop_wish or (StopReason.TIME_LIMIT if over else None)
+        agreed = self._exchange(wish, force=ends_epoch or self._save_requested)
         self._raise_failures(agreed)
         if self.reached_max_steps:
             self.stop = self.stop or StopReason.DONE
@@ -123,6 +145,7 @@ class Boundary:
         self._save_requested = False
         self._last_saved_step = self._step
         self._last_save_time = time.monotonic()
+        self._deadline.save_begun()
         capture, draft = self._snapshot(reason)
         stall = self._checkpointer.save(capture, draft)
         if stall is not None:
@@ -152,19 +175,29 @@ class Boundary:
 
     def report(self, events: list[Event]) -> None:
         """Tells people and the run what the writer has done."""
+        for event in events:
+            if isinstance(event, Committed):
+                self._deadline.save_ended(self._reporter.stall_of(event) + event.seconds)
+            elif isinstance(event, SaveFailed):
+                self._deadline.save_ended()
         keeper = self._checkpointer
         counts = {"failures": keeper.failures, "most_failures": self._policy.max_failed_saves}
         self._reporter.report(events, newest=keeper.committed_step, **counts)
         for event in events:
             self._on_event(event)
 
-    def _exchange(self, *, force: bool) -> Agreed:
+    def report_time_limit(self) -> None:
+        """Why the run stopped before its end."""
+        pending = self._progress.now.evaluation == "pending"
+        self._reporter.time_limit(self._deadline, self.committed_step, evaluation_pending=pending)
+
+    def _exchange(self, stop: StopReason | None, *, force: bool) -> Agreed:
         due = self._agreement.is_due()
         if not (due or force):
             return Agreed()
         agreed = self._agreement.exchange(
             Agreed(
-                stop=self.stop_wish,
+                stop=stop,
                 save_requested=self._save_requested,
                 time_is_up=self._time_is_up(),
                 failed=self._checkpointer.must_end or launcher_is_gone(),
@@ -189,3 +222,18 @@ class Boundary:
                 f"{self._step}. Run the same command again: it goes on from step {self.committed_step}."
             )
         raise SaveFailedError(f"Rank {self._world.rank}: another rank ended training; its message says why.")
+
+
+def make_deadline(max_time: str | float | None, time_reserve: str | float | None, *, is_main: bool) -> Deadline:
+    """The end of the session; the clock is the main rank's.
+
+    Raises:
+        ConfigError: a time that is none.
+    """
+    reserve = None if time_reserve is None else parse_seconds(time_reserve)
+    seconds = None if max_time is None else parse_seconds(max_time)
+    if seconds is not None and seconds <= 0:
+        raise ConfigError(f"max_time is {max_time!r}; it must be longer than nothing, for instance '11h30m'.")
+    if seconds is None or not is_main:
+        return Deadline()
+    return Deadline(seconds, age_seconds=time.time() - session_start(), reserve_seconds=reserve)

@@ -25,7 +25,7 @@ from torch import nn
 
 from dist_train import differences
 from dist_train.beginning import Beginning
-from dist_train.boundary import Boundary
+from dist_train.boundary import Boundary, make_deadline
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.checkpoint.store import Store
@@ -60,6 +60,11 @@ class RunOptions:
     """The user's own settings, recorded in every manifest."""
     search: Sequence[str] = ()
     """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
+    max_time: str | float | None = None
+    """How long the session lasts, "11h30m" for instance: the run stops and saves by itself before it is over. Counted
+    from DIST_TRAIN_SESSION_START (Unix time) where that is set, else from the start of the launcher."""
+    time_reserve: str | float | None = None
+    """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
 
@@ -128,6 +133,7 @@ class Run:
             self._reporter,
             snapshot=self._snapshot,
             on_event=self._on_event,
+            deadline=make_deadline(self._options.max_time, self._options.time_reserve, is_main=self.world.is_main),
             max_steps=self._options.max_steps,
         )
 
@@ -199,7 +205,8 @@ class Run:
     # Entering and leaving
 
     def __enter__(self) -> Self:
-        self._environment = describe_environment(self.world.world_size, self.device)
+        precision = str(getattr(self.accelerator, "mixed_precision", "no"))
+        self._environment = describe_environment(self.world.world_size, self.device, precision)
         for model in self._models.values():
             fix_bucket_layout(model)
         try:
@@ -236,6 +243,8 @@ class Run:
         if self._checkpointer.committed is not None:
             self._tracking.settle(self._checkpointer.committed, at_end=True)
         self._tracking.finish()
+        if self.reason is StopReason.TIME_LIMIT:
+            self._boundary.report_time_limit()
 
     def _leave_after(self, error: BaseException) -> None:
         """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
@@ -376,6 +385,8 @@ class Run:
             self._boundary.stop = StopReason.EARLY_STOPPED
         elif self._boundary.reached_max_steps and self._progress.now.evaluation != "pending":
             self._boundary.stop = StopReason.DONE
+        elif self._options.max_time is not None and self.epochs_completed < count:
+            self._boundary.begin_session()
         self._checkpointer.dry_run(self._live.capture())
 
     def _log_step(self) -> None:
@@ -387,7 +398,11 @@ class Run:
 
     def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
-        agreed = self._boundary.agree(ends_epoch=ends_epoch)
+        is_last = self.epochs_completed >= self._reporter.epochs
+        evaluation_is_near = not self._feed.knows_epoch_end
+        agreed = self._boundary.agree(
+            ends_epoch=ends_epoch, evaluated=evaluated, is_last=is_last, evaluation_is_near=evaluation_is_near
+        )
         if self._boundary.is_leaving and not evaluated:
             self.epoch_is_complete = False
         self._boundary.save_if_due(agreed, ends_epoch=ends_epoch, evaluated=evaluated)
