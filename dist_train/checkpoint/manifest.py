@@ -29,6 +29,8 @@ EVENTS_LOG = "run.jsonl"
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 BRANCH_FILE = "branch.json"
+IMPORTED = "imported"
+"""Setting of an imported checkpoint: what its source said beside the state, under its own names."""
 DIGEST_BLOCK_BYTES = 8 << 20
 """A running digest is kept at the end of every block, so that verification names the first wrong byte range."""
 
