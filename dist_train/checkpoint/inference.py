@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from dist_train.checkpoint.catalog import read_checkpoint
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.restorer import Opened
@@ -54,7 +55,7 @@ def open_whole(
     select: Callable[[], tuple[Store, str, Manifest]], files_of: Callable[[Manifest], Collection[str]]
 ) -> Opened:
     """A checkpoint whose files are what was committed. The choice is made again when a training that goes on has
-    pruned it meanwhile.
+    pruned it meanwhile, or taken its optimizer's state away.
 
     Raises:
         CorruptCheckpointError: its bytes are not those that were committed.
@@ -66,7 +67,7 @@ def open_whole(
             reader = CheckpointReader(store, path, manifest)
             return Opened(path=store.shown(path), manifest=manifest, reader=reader, origin=store)
         except (CorruptCheckpointError, FileNotFoundError):
-            if store.is_directory(path) or not tries_left:
+            if read_checkpoint(store, path).manifest == manifest or not tries_left:
                 raise
     raise AssertionError("unreachable")
 
