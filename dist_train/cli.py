@@ -13,21 +13,24 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import look
+from dist_train.commands import keep, look
 from dist_train.commands.command import refuse
 from dist_train.errors import DistTrainError, ExitCode
 
-_FAMILIES = (look,)
+_FAMILIES = (look, keep)
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first
   dist-train show runs/ultra                      the run and its newest checkpoint
   dist-train show runs/ultra --checkpoint best    the one with the best metric
   dist-train verify runs/ultra                    read every byte, name what is wrong
+  dist-train prune runs/ultra                     what the policy would delete
+  dist-train pin runs/ultra best                  never delete this one
   dist-train ls runs/ultra --json | jq -r '.[-1].path'
 
 exit codes: 0 all is well; 1 something is wrong: damage, no such run, no
-checkpoint; 2 wrong usage. Nothing is ever changed, and the run may be training.
+checkpoint; 2 wrong usage. Only prune --yes, pin and unpin change anything; the
+run may be training.
 """
 
 
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     layout: dict[str, Any] = {"epilog": _EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    purpose = "Looks into the run directories of dist_train."
+    purpose = "Looks into the run directories of dist_train, and keeps them tidy."
     parser = argparse.ArgumentParser(prog="dist-train", description=purpose, **layout)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
