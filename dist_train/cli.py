@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import keep, look
+from dist_train.commands import compare, keep, look
 from dist_train.commands.command import refuse
 from dist_train.errors import DistTrainError, ExitCode
 
-_FAMILIES = (look, keep)
+_FAMILIES = (look, keep, compare)
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first
@@ -26,6 +26,7 @@ examples:
   dist-train verify runs/ultra                    read every byte, name what is wrong
   dist-train prune runs/ultra                     what the policy would delete
   dist-train pin runs/ultra best                  never delete this one
+  dist-train diff runs/ultra best latest          what changed, tensor by tensor
   dist-train ls runs/ultra --json | jq -r '.[-1].path'
 
 exit codes: 0 all is well; 1 something is wrong: damage, no such run, no
