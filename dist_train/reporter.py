@@ -16,6 +16,7 @@ from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped
 from dist_train.console import Console, EventLog, bytes_text, metric_label, metric_text
+from dist_train.health.deadline import Deadline
 
 logger = logging.getLogger(__name__)
 Json = Any
@@ -46,6 +47,10 @@ class Reporter:
     def note_stall(self, global_step: int, seconds: float) -> None:
         """How long training waited for a save that is now in flight."""
         self._stalls[global_step] = seconds
+
+    def stall_of(self, event: Committed) -> float:
+        """How long training waited for that save."""
+        return self._stalls.get(event.manifest.progress.global_step, 0.0)
 
     def report(self, events: Sequence[Event], *, failures: int = 0, most_failures: int = 0, newest: int = -1) -> None:
         """What the writer has done."""
@@ -127,6 +132,16 @@ class Reporter:
             self._store.replace(STATUS_FILE, json.dumps(body).encode())
         except OSError as failure:
             logger.warning("%s was not written: %s", self._store.path(STATUS_FILE), failure)
+
+    def time_limit(self, deadline: Deadline, committed_step: int, *, evaluation_pending: bool) -> None:
+        """Why the run stopped before its end, what is saved, and how it goes on."""
+        saved = f"the newest checkpoint is step {committed_step}" if committed_step >= 0 else "nothing is saved yet"
+        first = ", which begins with the evaluation that is pending" if evaluation_pending else ""
+        advice = "" if deadline.has_stepped else " There was no time for a single step: give max_time more of it."
+        self.console.say(
+            f"Time limit: {deadline.why}. In {self._run_dir} {saved}. Run the same command (or notebook) again to go "
+            f"on from there{first}.{advice}"
+        )
 
     def _report_commit(self, event: Committed) -> None:
         manifest, progress = event.manifest, event.manifest.progress
