@@ -116,7 +116,7 @@ def test_a_picture_that_cannot_be_is_explained_in_one_paragraph(
     assert main(["show", str(run_dir), "--plot", str(tmp_path / "no" / "a.png")]) == 1
     assert "a.png cannot be written: No such file or directory. Give another file." in capsys.readouterr().err
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(StorageError, match="holds no metrics.jsonl"):
+    with pytest.raises(StorageError, match=r"holds no metrics\.jsonl"):
         write_plot([Store(tmp_path / "empty")], str(tmp_path / "a.png"))
     with pytest.raises(ConfigError, match="must end in one of"):
         write_plot([Store(run_dir)], str(tmp_path / "noending"))
