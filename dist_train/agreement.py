@@ -40,6 +40,11 @@ class Agreement:
         self._since = 0
         self._last: float | None = None
 
+    @property
+    def interval(self) -> int:
+        """Steps between two exchanges, as agreed last."""
+        return self._interval
+
     def is_due(self) -> bool:
         """Once a step boundary; equal on all ranks."""
         self._since += 1

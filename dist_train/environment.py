@@ -15,11 +15,12 @@ Json = Any
 _PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "dist-train")
 
 
-def describe_environment(world_size: int, device: torch.device) -> dict[str, Json]:
-    """World size, versions, threads, device and CPU capability of this process."""
+def describe_environment(world_size: int, device: torch.device, precision: str = "no") -> dict[str, Json]:
+    """World size, versions, threads, device, mixed precision and CPU capability of this process."""
     described: dict[str, Json] = {
         "world_size": world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "mixed_precision": precision,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),

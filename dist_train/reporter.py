@@ -14,8 +14,9 @@ from typing import Any
 
 from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed
+from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped
 from dist_train.console import Console, EventLog, bytes_text, metric_label, metric_text
+from dist_train.health.deadline import Deadline
 
 logger = logging.getLogger(__name__)
 Json = Any
@@ -47,13 +48,18 @@ class Reporter:
         """How long training waited for a save that is now in flight."""
         self._stalls[global_step] = seconds
 
+    def stall_of(self, event: Committed) -> float:
+        """How long training waited for that save."""
+        return self._stalls.get(event.manifest.progress.global_step, 0.0)
+
     def report(self, events: Sequence[Event], *, failures: int = 0, most_failures: int = 0, newest: int = -1) -> None:
         """What the writer has done."""
         for event in events:
             if isinstance(event, Committed):
                 self._report_commit(event)
-            elif isinstance(event, Pruned):
-                self.events.write("pruned", path=event.path)
+            elif isinstance(event, (Pruned, Stripped)):
+                name = "pruned" if isinstance(event, Pruned) else "stripped"
+                self.events.write(name, path=event.path, reason=event.reason, bytes=event.num_bytes)
             else:
                 self._report_failure(event, failures, most_failures, newest)
 
@@ -107,11 +113,12 @@ class Reporter:
         if wrong and not self._warned_of_not_finite:
             self._warned_of_not_finite = True
             logger.warning(
-                "%s is not finite at step %d. Training goes on; the newest checkpoint is step %d. Pin a good one by "
-                "copying its folder away before newer ones replace it, and look at the learning rate and the data.",
+                "%s is not finite at step %d. Training goes on; the newest checkpoint is step %d. Keep a good one with "
+                "`dist-train pin %s step:N` before newer ones replace it, and look at the learning rate and the data.",
                 ", ".join(wrong),
                 global_step,
                 committed_step,
+                self._run_dir,
             )
             self.events.write("not_finite", global_step=global_step, names=wrong)
 
@@ -125,6 +132,16 @@ class Reporter:
             self._store.replace(STATUS_FILE, json.dumps(body).encode())
         except OSError as failure:
             logger.warning("%s was not written: %s", self._store.path(STATUS_FILE), failure)
+
+    def time_limit(self, deadline: Deadline, committed_step: int, *, evaluation_pending: bool) -> None:
+        """Why the run stopped before its end, what is saved, and how it goes on."""
+        saved = f"the newest checkpoint is step {committed_step}" if committed_step >= 0 else "nothing is saved yet"
+        first = ", which begins with the evaluation that is pending" if evaluation_pending else ""
+        advice = "" if deadline.has_stepped else " There was no time for a single step: give max_time more of it."
+        self.console.say(
+            f"Time limit: {deadline.why}. In {self._run_dir} {saved}. Run the same command (or notebook) again to go "
+            f"on from there{first}.{advice}"
+        )
 
     def _report_commit(self, event: Committed) -> None:
         manifest, progress = event.manifest, event.manifest.progress

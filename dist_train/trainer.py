@@ -44,7 +44,7 @@ class TrainConfig:
     gradient_accumulation_steps: int | None = None
     """Instead of `global_batch_size`: fixes it at micro_batch_size * this * the world size of the first start."""
     mixed_precision: str = "no"
-    """`no`, `bf16` or `fp16` (with a GradScaler, on a GPU)."""
+    """`no`, `bf16` or `fp16` (with a GradScaler, on a GPU); `auto`: bf16 where all GPUs have it, else fp16; CPUs no."""
     max_grad_norm: float | None = None
     """Clip the gradient's norm to this before each update."""
     seed: int = 0
@@ -61,6 +61,10 @@ class TrainConfig:
     """`auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint to branch from."""
     search: Sequence[str] = ()
     """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
+    max_time: str | float | None = None
+    """How long the session lasts, "11h30m" for instance: training stops and saves by itself before it is over."""
+    time_reserve: str | float | None = None
+    """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
     checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
@@ -82,8 +86,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"TrainConfig.{name} is {value!r}; it must be a whole number of at least 1.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ConfigError(f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16' or 'fp16'.")
+        if self.mixed_precision not in ("no", "bf16", "fp16", "auto"):
+            raise ConfigError(
+                f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16', 'fp16' or 'auto'."
+            )
         if self.gradient_accumulation_steps is None:
             if self.global_batch_size is None:
                 raise ConfigError(
@@ -149,7 +155,7 @@ class Trainer:
             _be_deterministic()
         init_distributed()
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=_choose_precision(config),
             cpu=config.cpu,
             log_with=config.log_with,
             project_dir=os.path.join(config.run_dir, "tracker") if config.log_with else None,
@@ -263,6 +269,8 @@ class Trainer:
                 max_steps=config.max_steps,
                 log_every_steps=config.log_every_steps,
                 search=config.search,
+                max_time=config.max_time,
+                time_reserve=config.time_reserve,
                 config=asdict(config),
             ),
         )
@@ -288,6 +296,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _choose_precision(config: TrainConfig) -> str:
+    """What `auto` stands for: the best that the devices of all ranks compute natively. Collective."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    on_gpu = torch.cuda.is_available() and not config.cpu
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    no_gpu, no_bf16 = current_world().max([not on_gpu, not has_bf16], "which precision the devices have")
+    return "no" if no_gpu else "fp16" if no_bf16 else "bf16"
 
 
 def _split_outputs(outputs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:

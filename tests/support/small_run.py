@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,8 @@ class SmallRun:
     lr: float = 0.05
     resume: str = "auto"
     max_steps: int | None = None
+    max_time: str | None = None
+    search: Sequence[str] = ()
     log_every_steps: int = 1
     early_stopping: EarlyStopping | None = None
     open_store: Callable[[str], Store] = Store
@@ -140,6 +142,8 @@ class SmallRun:
             options=RunOptions(
                 early_stopping=self.early_stopping,
                 max_steps=self.max_steps,
+                max_time=self.max_time,
+                search=self.search,
                 log_every_steps=self.log_every_steps,
                 open_store=self.open_store,
             ),

@@ -85,7 +85,7 @@ def fit(run_dir: Path, **settings: Any) -> TrainResult:
         ({"global_batch_size": -4}, r"TrainConfig.global_batch_size is -4"),
         ({"micro_batch_size": "2"}, r"TrainConfig.micro_batch_size is '2'"),
         ({"log_every_steps": 0}, r"TrainConfig.log_every_steps is 0"),
-        ({"mixed_precision": "fp8"}, r"TrainConfig.mixed_precision is 'fp8'; give 'no', 'bf16' or 'fp16'\."),
+        ({"mixed_precision": "fp8"}, r"TrainConfig.mixed_precision is 'fp8'; give 'no', 'bf16', 'fp16' or 'auto'\."),
         ({"global_batch_size": None}, r"TrainConfig needs global_batch_size, or gradient_accumulation_steps and micro"),
         (
             {"gradient_accumulation_steps": 2, "global_batch_size": 8, "micro_batch_size": 2},

@@ -1,0 +1,1 @@
+"""Room 3: where a training runs. Never imported by training code."""
