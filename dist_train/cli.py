@@ -23,6 +23,7 @@ examples:
   dist-train ls runs/ultra                        what there is, oldest first
   dist-train show runs/ultra                      the run and its newest checkpoint
   dist-train show runs/ultra --checkpoint best    the one with the best metric
+  dist-train show runs/ultra --plot               a picture of loss and metrics, ultra.png
   dist-train verify runs/ultra                    read every byte, name what is wrong
   dist-train prune runs/ultra                     what the policy would delete
   dist-train pin runs/ultra best                  never delete this one
