@@ -1,0 +1,137 @@
+"""The Kaggle notebook, executed in a simulated session after session, until the training is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.damage import events
+from tests.support.kaggle_tree import build_wheel, kaggle_tree, make_python, run_notebook, text_of
+from tests.support.launch import ROOT, run_command
+from tests.support.small_run import manifests_of, status_of
+from tests.support.twins import assert_same_run
+
+pytestmark = pytest.mark.distributed
+TRAIN = ROOT / "launch/kaggle/train.py"
+SIZE = ["--samples", "512", "--batch-size", "64", "--epochs", "10"]
+UPDATES = 80
+QUOTA_MEGABYTES = 3
+"""Room for the checkpoints that the policy keeps and the packed file, not for those of every epoch."""
+SLOW = """
+import runpy, sys, time
+from pathlib import Path
+from dist_train.run import Run
+
+step = Run.step
+def slow_step(run, loss=None):
+    time.sleep(0.4)
+    step(run, loss)
+Run.step = slow_step
+runpy.run_path(str(Path(__file__).with_name("price.py")), run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def make_dataset(folder: Path, wheel: Path, *, slow: bool = False) -> Path:
+    """What a person attaches: the wheel and the script; a slow script stands for a training of many hours."""
+    folder.mkdir()
+    shutil.copy(wheel, folder)
+    shutil.copy(TRAIN, folder / ("price.py" if slow else "train.py"))
+    if slow:
+        (folder / "train.py").write_text(SLOW)
+    return folder
+
+
+def save_version(root: Path, folder: Path) -> Path:
+    """What Kaggle keeps of a session: the working directory."""
+    return Path(shutil.copytree(root / "working", folder, symlinks=True))
+
+
+def require_quiet(notebook: Any) -> None:
+    """No bars and no more lines than a training has to tell."""
+    for name in ("train", "result", "pack"):
+        text = text_of(notebook, name)
+        assert "\r" not in text
+        assert len(text.splitlines()) < 60, text
+
+
+def test_the_notebook_run_twice_finishes_the_training_that_one_session_is_too_short_for(
+    tmp_path: Path, wheel: Path
+) -> None:
+    twin = tmp_path / "twin"
+    command = [sys.executable, str(TRAIN), "--run-dir", str(twin), *SIZE]
+    with ThreadPoolExecutor() as pool:
+        uninterrupted = pool.submit(run_command, command, deadline_seconds=120)
+        slow = make_dataset(tmp_path / "slow", wheel, slow=True)
+        first, version = tmp_path / "first", tmp_path / "version"
+        with kaggle_tree(first, {"library": slow}, quota_megabytes=QUOTA_MEGABYTES):
+            python = make_python(tmp_path / "python1")
+            notebook = run_notebook(first, python, {"MAX_TIME": "25s", "ARGUMENTS": SIZE})
+            save_version(first, version)
+        assert list((tmp_path / "python1").glob("lib/*/site-packages/dist_train/__init__.py")), "not from the wheel"
+        uninterrupted.result().require_success()
+
+    status = status_of(version / "runs/price")
+    assert (status["status"], status["exit_code"]) == ("time_limit", 0), text_of(notebook, "train")
+    assert 0 < status["global_step"] < UPDATES
+    said = text_of(notebook, "train")
+    assert "Time limit: the session has run" in said
+    assert "Training is not finished. To go on: save this version" in text_of(notebook, "result")
+    assert f"time_limit at step {status['global_step']}" in text_of(notebook, "result")
+    require_quiet(notebook)
+
+    second = tmp_path / "second"
+    attached = {"library": make_dataset(tmp_path / "fast", wheel), "price-notebook": version}
+    with kaggle_tree(second, attached, quota_megabytes=QUOTA_MEGABYTES):
+        python = make_python(tmp_path / "python2")
+        notebook = run_notebook(second, python, {"MAX_TIME": "1h", "ARGUMENTS": SIZE})
+        kept = save_version(second, tmp_path / "kept")
+
+    run_dir = kept / "runs/price"
+    assert (status_of(run_dir)["status"], status_of(run_dir)["exit_code"]) == ("done", 0), text_of(notebook, "train")
+    assert "Training is finished." in text_of(notebook, "result")
+    require_quiet(notebook)
+    (resumed,) = events(run_dir, "resumed")
+    assert resumed["global_step"] == status["global_step"]
+    assert resumed["path"].startswith(str(second / "input/price-notebook/runs/price/checkpoints/"))
+    assert [event["event"] for event in events(run_dir)].count("failed") == 0
+    assert events(run_dir, "committed")[-1]["global_step"] == UPDATES
+    # Nothing was copied from the input: whatever lies in the working directory was saved after it.
+    assert sequence_of_first_save(run_dir) == manifests_of(version / "runs/price")[-1]["sequence"] + 1
+    assert_same_run(run_dir, twin)
+    require_packed(notebook, kept)
+
+
+def sequence_of_first_save(run_dir: Path) -> int:
+    """Most of them are pruned, the newest is not."""
+    return int(manifests_of(run_dir)[-1]["sequence"]) - len(events(run_dir, "committed")) + 1
+
+
+def require_packed(notebook: Any, kept: Path) -> None:
+    """Where the library has `dist-train pack`."""
+    known = run_command([sys.executable, "-m", "dist_train.cli", "pack", "--help"], deadline_seconds=60)
+    if known.returncode:
+        assert "There is nothing to link to." in text_of(notebook, "pack")
+        return
+    assert (kept / "price-best.zip").stat().st_size > 0
+    (cell,) = (one for one in notebook.cells if one.id == "pack")
+    assert "price-best.zip" in json.dumps([one.get("data", {}) for one in cell.outputs])
+
+
+def test_a_notebook_without_the_wheel_says_what_to_attach(tmp_path: Path) -> None:
+    python = make_python(tmp_path / "python")
+    alone = [str(python), "-I", "-c", "import torch, dist_train"]
+    assert "No module named 'dist_train'" in run_command(alone, deadline_seconds=60).output
+    refused = pytest.raises(Exception, match=r"Attach the dataset with the wheel: no dist_train-\*\.whl lies below")
+    with kaggle_tree(tmp_path / "kaggle", {}, quota_megabytes=1) as root, refused:
+        run_notebook(root, python, {})
