@@ -34,6 +34,8 @@ QUOTA_BYTES = 20 * 10**9
 SESSION_SECONDS = 12 * 3600.0
 LAST_SECONDS = 120.0
 """Training that still runs so shortly before the session's end hangs, or was given too much time: it is interrupted."""
+ANSWER_SECONDS = 120.0
+"""How long the command line may take to look into a run directory."""
 SEARCH_LEVELS = 5
 """How deep below the inputs a file may lie: `input/notebooks/OWNER/NAME/...` is three."""
 BF16_CAPABILITY = (8, 0)
@@ -186,11 +188,24 @@ class Session:
             print_text(f"{where} Training is not finished. {again}")
         else:
             print_text(f"{where} {status['error'] or 'It was stopped from outside.'} {again}")
+        if (best := self.find_best(run)) != Path(run):
+            print_text(f"The best model so far lies in {best}: keep that version attached, too.")
 
     def dist_train(self, *arguments: object) -> int:
         """Runs the command line, for instance `session.dist_train("ls", RUN)`; returns its exit code."""
         command = [sys.executable, "-m", "dist_train.cli", *map(str, arguments)]
         return run_child(command, print_text, environment=self._environment())
+
+    def find_best(self, run: str | os.PathLike[str]) -> Path:
+        """The run directory that holds the best model: this one, or an earlier session's that was not beaten since."""
+        shown = self._ask("show", run)
+        best = shown["checkpoint"]["best"] if shown else None
+        if best is not None:
+            for place in (Path(run), *self._attached_runs(shown["run"]["run_id"])):
+                for one in self._ask("ls", place) or ():
+                    if one["metrics"].get(best["monitor"]) == best["value"]:
+                        return place
+        return Path(run)
 
     def pack(self, run: str | os.PathLike[str], *options: str) -> Path | None:
         """Packs a run into one file of the working directory; None where that failed, and the cause is printed.
@@ -200,7 +215,8 @@ class Session:
         """
         what = "-".join(option.strip("-") for option in options)
         target = self.working / f"{Path(run).name}{'-' if what else ''}{what}.zip"
-        code = self.dist_train("pack", run, *options, "--to", target)
+        source = self.find_best(run) if "--best" in options else run
+        code = self.dist_train("pack", source, *options, "--to", target)
         return target if code == ExitCode.OK and target.is_file() else None
 
     def link(self, path: Path | None) -> None:
@@ -213,6 +229,21 @@ class Session:
             from IPython.display import FileLink, display
 
             display(FileLink(os.path.relpath(path)))
+
+    def _ask(self, command: str, run: str | os.PathLike[str]) -> Any:
+        """What the command line answers in JSON; None where it cannot."""
+        asked = [sys.executable, "-m", "dist_train.cli", command, str(run), "--json"]
+        done = subprocess.run(asked, capture_output=True, timeout=ANSWER_SECONDS, check=False)
+        return json.loads(done.stdout) if done.returncode == ExitCode.OK else None
+
+    def _attached_runs(self, run_id: str) -> Iterator[Path]:
+        for depth in range(1, SEARCH_LEVELS + 1):
+            for file in sorted(self.inputs.glob("*/" * depth + "run.json")):
+                try:
+                    if json.loads(file.read_bytes())["run_id"] == run_id:
+                        yield file.parent
+                except (OSError, ValueError, LookupError, TypeError):
+                    continue
 
     def _environment(self) -> dict[str, str]:
         # The kernel's plotting backend draws into cells, which a child has none of.

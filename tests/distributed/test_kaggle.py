@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from dist_train.cluster.kaggle import Session
 from tests.support.damage import events
 from tests.support.kaggle_tree import build_wheel, kaggle_tree, make_python, run_notebook, text_of
 from tests.support.launch import ROOT, run_command
-from tests.support.small_run import manifests_of, status_of
+from tests.support.small_run import SmallRun, manifests_of, status_of
 from tests.support.twins import assert_same_run
 
 pytestmark = pytest.mark.distributed
@@ -115,6 +116,22 @@ def test_the_notebook_run_twice_finishes_the_training_that_one_session_is_too_sh
 def sequence_of_first_save(run_dir: Path) -> int:
     """Most of them are pruned, the newest is not."""
     return int(manifests_of(run_dir)[-1]["sequence"]) - len(events(run_dir, "committed")) + 1
+
+
+def test_a_best_model_of_an_earlier_session_is_found_where_it_lies(tmp_path: Path) -> None:
+    """The metric is best after the second epoch; what the later sessions save does not beat it."""
+    run = tmp_path / "working/price"
+    first, second = tmp_path / "input/version-1/runs/price", tmp_path / "input/version-2/runs/price"
+    run.parent.mkdir(parents=True)
+    session = Session(root=tmp_path)
+    assert session.find_best(run) == run  # which has not begun
+    SmallRun(run_dir=first, epochs=2).train()
+    SmallRun(run_dir=second, epochs=3, search=(str(first),)).train()
+    SmallRun(run_dir=run, epochs=4, search=session.search).train()
+    assert session.find_best(run) == first
+    assert session.find_best(first) == first
+    shutil.rmtree(first)  # no longer attached: of what there is, this run's own is the best
+    assert session.find_best(run) == run
 
 
 def require_packed(notebook: Any, kept: Path) -> None:

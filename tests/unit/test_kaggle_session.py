@@ -235,15 +235,24 @@ def test_a_training_that_fails_is_told_and_not_raised(
     ],
 )
 def test_the_status_is_explained(
-    status: str, exit_code: int | None, error: str, expected: str, root: Path, capsys: pytest.CaptureFixture[str]
+    status: str,
+    exit_code: int | None,
+    error: str,
+    expected: str,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = {"status": status, "exit_code": exit_code, "error": error, "global_step": 7, "epochs_completed": 2}
     (root / "run").mkdir()
     (root / "run/status.json").write_text(json.dumps(said))
     session = Session()
+    monkeypatch.setattr(session, "find_best", lambda run: root / "input/earlier" if status == "done" else Path(run))
     assert session.status(root / "run") == said
     session.explain(root / "run")
-    assert expected in capsys.readouterr().out
+    said_all = capsys.readouterr().out
+    assert expected in said_all
+    assert ("The best model so far lies in" in said_all) == (status == "done")
 
 
 def test_a_run_that_has_not_begun_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,6 +266,7 @@ def test_pack_writes_into_the_working_directory(
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     target = root / "working/price-best-weights-only.zip"
     session = Session()
+    monkeypatch.setattr(session, "find_best", Path)
     assert session.pack("runs/price", "--best", "--weights-only") is None  # nothing was written
     target.write_bytes(bytes(3000))
     assert session.pack("runs/price", "--best", "--weights-only") == target
