@@ -14,7 +14,6 @@ depends on nothing that the checkpoint does not hold. It does no file operation 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,34 +24,24 @@ import torch
 from torch import nn
 
 from dist_train import differences
-from dist_train.agreement import Agreed, Agreement
-from dist_train.checkpoint.checkpointer import Checkpointer
-from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy, Moment, parse_seconds, should_save
-from dist_train.checkpoint.restorer import Opened
+from dist_train.beginning import Beginning
+from dist_train.boundary import Boundary, make_deadline
+from dist_train.checkpoint.checkpointer import Checkpointer, Draft
+from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Committed, Event, SaveFailed
-from dist_train.console import set_up_logging
+from dist_train.checkpoint.writer import Committed, Event
 from dist_train.data import describe_sampler, training_sampler
 from dist_train.environment import describe_environment
-from dist_train.errors import (
-    EXIT_CODES,
-    ConfigError,
-    LauncherLostError,
-    RunInUseError,
-    SaveFailedError,
-    StateMismatchError,
-    StopReason,
-)
+from dist_train.errors import EXIT_CODES, ConfigError, RunInUseError, StopReason
 from dist_train.feed import BatchFeed
-from dist_train.health.deadline import Deadline, session_start
 from dist_train.metrics import EarlyStopping
 from dist_train.progress import RunProgress
 from dist_train.replicas import evaluating, fix_bucket_layout
 from dist_train.reporter import Reporter
-from dist_train.rng import restore_rng
-from dist_train.state import LiveState, Stateful
+from dist_train.state import Capture, LiveState, Stateful
+from dist_train.tracking import Tracking
 from dist_train.tree import encode
-from dist_train.world import World, current_world, launcher_is_gone
+from dist_train.world import World, current_world
 
 logger = logging.getLogger(__name__)
 Json = Any
@@ -115,7 +104,6 @@ class Run:
         self.accelerator = accelerator
         self.world: World = current_world()
         self.reason: StopReason | None = None
-        self.resumed_from: str | None = None
         self.epoch_is_complete = False
         self._options = options or RunOptions()
         self._policy = policy or DEFAULT_POLICY
@@ -131,17 +119,23 @@ class Run:
         self._store = self._options.open_store(self.run_dir)
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
-        self._agreement = Agreement(self.world)
-        self._deadline = _deadline_of(self._options, self.world)
+        self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
-        self._opened: Opened | None = None
-        self._rng: Json = None
-        self._stop: StopReason | None = None
-        self._save_requested = self._wait_requested = False
-        self._last_saved_step = -1
-        self._last_save_time = 0.0
-        self._committed_step = -1
+        self._beginning = Beginning(
+            self._store, self.world, self._checkpointer, self._live, self._progress, self._reporter
+        )
+        self._boundary = Boundary(
+            self.world,
+            self._checkpointer,
+            self._policy,
+            self._progress,
+            self._reporter,
+            snapshot=self._snapshot,
+            on_event=self._on_event,
+            deadline=make_deadline(self._options.max_time, self._options.time_reserve, is_main=self.world.is_main),
+            max_steps=self._options.max_steps,
+        )
 
     # What a loop may ask
 
@@ -178,12 +172,17 @@ class Run:
     @property
     def committed_step(self) -> int:
         """Step of the newest durable checkpoint, -1 before the first; as of the last agreement on other ranks."""
-        return max(self._committed_step, self._checkpointer.committed_step)
+        return self._boundary.committed_step
+
+    @property
+    def resumed_from(self) -> str | None:
+        """Path of the checkpoint that this attempt goes on from; None is a fresh start."""
+        return self._beginning.resumed_from
 
     @property
     def should_stop(self) -> bool:
         """Agreed by all ranks at a step boundary."""
-        return self._stop is not None
+        return self._boundary.stop is not None
 
     @property
     def loss_weight(self) -> float:
@@ -211,17 +210,14 @@ class Run:
         for model in self._models.values():
             fix_bucket_layout(model)
         try:
-            self._checkpointer.open()
-            set_up_logging(self.world.rank, self.world.world_size, self._checkpointer.attempt)
-            self._reporter.events.attempt = self._checkpointer.attempt
-            self._opened = self._checkpointer.restore(self._resume)
-            self._restore() if self._opened else self._start_fresh()
-            if self._checkpointer.settle_branch():
-                self._reporter.events.write("branched", path=self.resumed_from, global_step=self.global_step)
+            self._beginning.enter(self._resume, self._environment, self.device)
+            self._tracking.start(
+                self._checkpointer.run_id, self._progress.now, self._config, self._beginning.origin_of_run
+            )
         except BaseException:
             self._checkpointer.close(failed=True)
             raise
-        self._last_save_time = time.monotonic()
+        self._boundary.open(self._beginning.saved_step)
         self._write_status("running")
         return self
 
@@ -235,87 +231,38 @@ class Run:
             self._leave_after(error)
 
     def _leave(self) -> None:
-        self.reason = self.reason or self._stop or StopReason.DONE
+        self.reason = self.reason or self._boundary.stop or StopReason.DONE
         try:
-            self._save_end()
+            self._boundary.save_end(in_window=self._feed.in_window)
         except BaseException as error:
             self._leave_after(error)
             raise
-        self._report(self._checkpointer.close())
+        self._boundary.report(self._checkpointer.close())
         self._reporter.events.write("stopped", reason=self.reason, global_step=self.global_step)
         self._write_status(self.reason)
+        if self._checkpointer.committed is not None:
+            self._tracking.settle(self._checkpointer.committed, at_end=True)
+        self._tracking.finish()
         if self.reason is StopReason.TIME_LIMIT:
-            pending = self._progress.now.evaluation == "pending"
-            self._reporter.time_limit(self._deadline, self.committed_step, evaluation_pending=pending)
+            self._boundary.report_time_limit()
 
     def _leave_after(self, error: BaseException) -> None:
         """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
         self.reason = StopReason.INTERRUPTED if isinstance(error, KeyboardInterrupt) else StopReason.ERROR
         lost = isinstance(error, RunInUseError)
-        self._report(self._checkpointer.close(failed=True))
+        self._boundary.report(self._checkpointer.close(failed=True))
         if not lost:
             self._reporter.events.write(
                 "stopped", reason=self.reason, global_step=self.global_step, error=_one_line(error)
             )
             self._write_status(self.reason, error=_one_line(error))
+        self._tracking.finish()
 
-    def _save_end(self) -> None:
-        """The last state is durable when this returns; a failed save is tried once more. Collective."""
-        for tries_left in (2, 1, 0):
-            self._checkpointer.wait()
-            self._report(self._checkpointer.poll())
-            mine = [self._checkpointer.committed == self._progress.now, self._checkpointer.must_end]
-            done, hopeless = self.world.broadcast(mine, "whether the end is saved")
-            if done or not self._policy.at_end or self._feed.in_window:
-                return
-            if hopeless or not tries_left:
-                break
-            self._save("end")
-        self._checkpointer.require_healthy()
-        raise SaveFailedError(
-            f"The end of the run (step {self.global_step}) could not be saved in {self.run_dir}; the newest checkpoint "
-            f"is step {self.committed_step}. See the messages above; fix the cause and run the same command again."
-        )
-
-    # Restoring
-
-    def _restore(self) -> None:
-        assert self._opened is not None
-        manifest, reader = self._opened.manifest, self._opened.reader
-        try:
-            changes = self._live.restore(manifest.state, manifest.settings, reader, manifest.absent)
-        except StateMismatchError as error:
-            raise StateMismatchError(
-                f"{self._opened.path} does not fit the objects of this script: {error}. Nothing was changed. Build the "
-                f"model and optimizer as in the run that saved it, or give another run_dir to start a new run.",
-                self._opened.path,
-            ) from error
-        for model in self._models.values():
-            model.zero_grad()  # of a window that was interrupted in this very process, in a notebook
-        self.resumed_from = self._opened.path
-        self._rng = self._progress.restore(self._opened, self._checkpointer.attempt)
-        self._last_saved_step = self.global_step if self._opened.origin is self._store else -1
-        if changed := differences.warn_of_environment(manifest.environment, self._environment):
-            self._reporter.events.write("environment_changed", differences=changed)
-        self._reporter.resumed(self._opened.path, manifest, changes)
-        self._reporter.problems(self._checkpointer.problems)
-
-    def _start_fresh(self) -> None:
-        self._progress.start_fresh(self._checkpointer.attempt)
-        self._reporter.events.write("started", world_size=self.world.world_size, environment=self._environment)
-        self._reporter.problems(self._checkpointer.problems)
-        differences.warn_of_inexact_device(self.device)
-
-    def _say_what_is_not_exact(self) -> None:
-        """Once, before the loop."""
-        differences.warn_of_foreign_loader(self._loader)
-        if self._opened is None:
+    def _write_status(self, status: str, error: str = "") -> None:
+        if self._checkpointer.is_lost:  # what becomes of an old attempt is no news of the run
             return
-        manifest = self._opened.manifest
-        differences.warn_of_unregistered(self._opened.path, manifest.state, self._live.registered)
-        then = manifest.settings.get("config", {}).get("data", {})
-        in_mid_epoch = self._progress.now.samples_into_epoch > 0
-        self._reporter.changed(differences.compare_data(then, describe_sampler(self._loader), in_mid_epoch))
+        code = None if status == "running" else self.exit_code
+        self._reporter.status(status, code, self._progress.now, self._checkpointer.attempt, error)
 
     def register(self, name: str, one: Stateful) -> None:
         """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
@@ -331,8 +278,7 @@ class Run:
         if self._begun:
             raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
         self._live.registered[name] = one
-        if self._opened is not None:
-            self._live.restore_registered(name, self._opened.manifest.state, self._opened.reader)
+        self._beginning.register(name)
 
     # The loop
 
@@ -342,7 +288,7 @@ class Run:
         while self._progress.now.epochs_completed < count and not self.should_stop:
             # Without a training loader of ours nobody but the loop knows when an epoch is over: at the body's end.
             self.epoch_is_complete = training_sampler(self._loader) is None
-            self._restore_rng(for_good=self._progress.now.samples_into_epoch == 0)
+            self._beginning.restore_rng(for_good=self._progress.now.samples_into_epoch == 0)
             before = self._progress.now
             yield self.epoch
             self.end_epoch()
@@ -361,7 +307,9 @@ class Run:
         sampler.set_position(epoch=self.epoch, samples_into_epoch=self._progress.now.samples_into_epoch)
         self.epoch_is_complete = sampler.layout.num_micro_steps == 0
         batches = self._feed.training_batches(loader, sampler.layout, lambda: self.should_stop)
-        self._restore_rng(for_good=True)  # whatever the loop did at the top of the epoch was done before the kill, too
+        self._beginning.restore_rng(
+            for_good=True
+        )  # whatever the loop did at the top of the epoch was done before the kill, too
         yield from batches
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -382,7 +330,7 @@ class Run:
         if not skipped and self.global_step % self._options.log_every_steps == 0:
             self._log_step()
         self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch)
-        self._boundary(ends_epoch=micro.ends_epoch)
+        self._reach_boundary(ends_epoch=micro.ends_epoch)
 
     def end_epoch(self, **metrics: float) -> None:
         """After the epoch's last batch and its evaluation. Does nothing when a stop cut the epoch short."""
@@ -390,12 +338,12 @@ class Run:
             return
         self.epoch_is_complete = False
         values = self._progress.end_epoch(metrics)
-        self._track(values)
+        self._tracking.add(self.global_step, values)
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
         self._reporter.epoch(self.epochs_completed, self._progress.train_loss, self._progress.metrics)
         if self._progress.patience_is_over:
-            self._stop = self._stop or StopReason.EARLY_STOPPED
-        self._boundary(ends_epoch=True, evaluated=True)
+            self._boundary.stop = self._boundary.stop or StopReason.EARLY_STOPPED
+        self._reach_boundary(ends_epoch=True, evaluated=True)
 
     def evaluation(self) -> AbstractContextManager[nn.Module]:
         """The only model, unwrapped, in eval mode, with the main rank's buffers and without gradients. Collective."""
@@ -406,7 +354,7 @@ class Run:
 
     def stop(self, reason: StopReason = StopReason.DONE) -> None:
         """Asks all ranks to stop at the next agreement; may be called on any rank."""
-        self._stop_wish = reason
+        self._boundary.stop_wish = reason
 
     def save(self, *, wait: bool = False) -> None:
         """Saves now (all ranks call it), or at the end of the window in progress.
@@ -416,19 +364,14 @@ class Run:
                 `step` that ends it which waits.
         """
         if self._feed.in_window:
-            self._save_requested, self._wait_requested = True, wait or self._wait_requested
+            self._boundary.request_save(wait=wait)
             return
-        self._save("requested")
+        self._boundary.save("requested")
         if wait:
-            self._wait_for_save()
+            self._boundary.wait_for_save()
 
     # Inside the loop
 
-    @property
-    def _reached_max_steps(self) -> bool:
-        return self._options.max_steps is not None and self.global_step >= self._options.max_steps
-
-    _stop_wish: StopReason | None = None
     _begun = False
 
     def _begin(self, count: int) -> None:
@@ -436,114 +379,40 @@ class Run:
         if self._begun:
             return
         self._begun = True
-        self._say_what_is_not_exact()
-        if self._opened is not None:
-            self._reporter.where_from(self._opened.path, self._progress.now, self._progress.best)
-            self._opened.reader.close()
+        differences.warn_of_foreign_loader(self._loader)
+        self._beginning.begin(describe_sampler(self._loader))
         if self._progress.patience_is_over:
-            self._stop = StopReason.EARLY_STOPPED
-        elif self._reached_max_steps and self._progress.now.evaluation != "pending":
-            self._stop = StopReason.DONE
-        elif self._options.max_time is not None and self._progress.now.epochs_completed < count:
-            self._begin_session()
+            self._boundary.stop = StopReason.EARLY_STOPPED
+        elif self._boundary.reached_max_steps and self._progress.now.evaluation != "pending":
+            self._boundary.stop = StopReason.DONE
+        elif self._options.max_time is not None and self.epochs_completed < count:
+            self._boundary.begin_session()
         self._checkpointer.dry_run(self._live.capture())
-
-    def _begin_session(self) -> None:
-        """A session that has no time for a single step ends here. Collective."""
-        self._deadline.begin()
-        if self.world.broadcast(self._deadline.is_over(), "whether there is time to train"):
-            self._stop = StopReason.TIME_LIMIT
-
-    def _restore_rng(self, *, for_good: bool) -> None:
-        if self._rng is not None:
-            restore_rng(self._rng)
-        if for_good:
-            self._rng = None
 
     def _log_step(self) -> None:
         rates = [group["lr"] for optimizer in self._live.optimizers.values() for group in optimizer.param_groups]
         values = self._progress.log_step(float(rates[0]) if rates else None)
-        self._track(values)
+        self._tracking.add(self.global_step, values)
         self._reporter.loss = values["loss"]
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
 
-    def _track(self, values: Mapping[str, float | None]) -> None:
-        if self.accelerator is not None and self.accelerator.trackers:
-            known = {name: value for name, value in values.items() if value is not None}
-            self.accelerator.log(known, step=self.global_step)
-
-    def _boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
+    def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
-        self._report(self._checkpointer.poll())
-        self._deadline.evaluation_done() if evaluated else self._deadline.step_done()
-        limit = self._time_limit(ends_epoch=ends_epoch, evaluated=evaluated)
-        agreed = self._agree(force=ends_epoch or self._save_requested, stop=self._stop_wish or limit)
-        self._raise_failures(agreed)
-        if self._reached_max_steps:
-            self._stop = self._stop or StopReason.DONE
-        # Who is done may still evaluate; whoever is told to leave must not.
-        leaving = self._stop not in (None, StopReason.DONE)
-        if leaving and not evaluated:
+        is_last = self.epochs_completed >= self._reporter.epochs
+        evaluation_is_near = not self._feed.knows_epoch_end
+        agreed = self._boundary.agree(
+            ends_epoch=ends_epoch, evaluated=evaluated, is_last=is_last, evaluation_is_near=evaluation_is_near
+        )
+        if self._boundary.is_leaving and not evaluated:
             self.epoch_is_complete = False
-        moment = Moment(
-            global_step=self.global_step,
-            last_saved_step=self._last_saved_step,
-            ends_epoch=ends_epoch,
-            evaluated=evaluated,
-            epochs_completed=self.epochs_completed,
-            time_is_up=agreed.time_is_up,
-            stopping=leaving if ends_epoch else self.should_stop,
-            requested=agreed.save_requested,
-        )
-        if reason := should_save(self._policy, moment):
-            self._save(reason)
-        if self._wait_requested:
-            self._wait_requested = False
-            self._wait_for_save()
+        self._boundary.save_if_due(agreed, ends_epoch=ends_epoch, evaluated=evaluated)
 
-    def _wait_for_save(self) -> None:
-        self._checkpointer.wait()
-        self._report(self._checkpointer.poll())
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Committed):
+            self._tracking.settle(event.manifest.progress)
 
-    def _time_limit(self, *, ends_epoch: bool, evaluated: bool) -> StopReason | None:
-        """Whether what comes next does not fit into the session any more; the main rank's deadline alone may say so."""
-        evaluation_is_next = ends_epoch and not evaluated
-        if self.epochs_completed >= self._reporter.epochs or (self._reached_max_steps and not evaluation_is_next):
-            return None  # nothing comes next
-        steps = 0 if evaluation_is_next else self._agreement.interval
-        evaluation = evaluation_is_next or not self._feed.knows_epoch_end
-        return StopReason.TIME_LIMIT if self._deadline.is_over(steps=steps, evaluation=evaluation) else None
-
-    def _agree(self, *, force: bool, stop: StopReason | None) -> Agreed:
-        due = self._agreement.is_due()
-        if not (due or force):
-            return Agreed()
-        agreed = self._agreement.exchange(
-            Agreed(
-                stop=stop,
-                save_requested=self._save_requested,
-                time_is_up=self._time_is_up(),
-                failed=self._checkpointer.must_end or launcher_is_gone(),
-                committed_step=self._checkpointer.committed_step,
-            )
-        )
-        self._stop = self._stop or agreed.stop
-        self._committed_step = agreed.committed_step
-        return agreed
-
-    def _time_is_up(self) -> bool:
-        every = self._policy.every_seconds
-        return self.world.is_main and every is not None and time.monotonic() - self._last_save_time >= every
-
-    def _save(self, reason: str) -> None:
-        self._save_requested = False
-        self._last_saved_step = self.global_step
-        self._last_save_time = time.monotonic()
-        self._deadline.save_begun()
-        draft = self._progress.draft(reason, self._settings(), self._environment)
-        stall = self._checkpointer.save(self._live.capture(), draft)
-        if stall is not None:
-            self._reporter.note_stall(self.global_step, stall)
+    def _snapshot(self, reason: str) -> tuple[Capture, Draft]:
+        return self._live.capture(), self._progress.draft(reason, self._settings(), self._environment)
 
     def _settings(self) -> dict[str, Json]:
         """Each setting's value at construction, for the manifest."""
@@ -554,36 +423,7 @@ class Run:
         }
         return {**self._live.settings, "config": config}
 
-    # Telling
-
-    def _report(self, events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, Committed):
-                self._deadline.save_ended(self._reporter.stall_of(event) + event.seconds)
-            elif isinstance(event, SaveFailed):
-                self._deadline.save_ended()
-        keeper = self._checkpointer
-        counts = {"failures": keeper.failures, "most_failures": self._policy.max_failed_saves}
-        self._reporter.report(events, newest=keeper.committed_step, **counts)
-
-    def _write_status(self, status: str, error: str = "") -> None:
-        if self._checkpointer.is_lost:  # what becomes of an old attempt is no news of the run
-            return
-        code = None if status == "running" else self.exit_code
-        self._reporter.status(status, code, self._progress.now, self._checkpointer.attempt, error)
-
     # Misuse, caught
-
-    def _raise_failures(self, agreed: Agreed) -> None:
-        if not agreed.failed:
-            return
-        self._checkpointer.require_healthy()
-        if launcher_is_gone():
-            raise LauncherLostError(
-                f"Rank {self.world.rank}: the launcher died and left this worker behind; training ends at step "
-                f"{self.global_step}. Run the same command again: it goes on from step {self.committed_step}."
-            )
-        raise SaveFailedError(f"Rank {self.world.rank}: another rank ended training; its message says why.")
 
     def _require_one_world(self) -> None:
         if self.accelerator is not None and self.accelerator.num_processes != self.world.world_size:
@@ -599,19 +439,6 @@ def _named(objects: Any) -> dict[str, Any]:
     if objects is None or objects == ():
         return {}
     return dict(objects) if isinstance(objects, Mapping) else {"": objects}
-
-
-def _deadline_of(options: RunOptions, world: World) -> Deadline:
-    """The clock is the main rank's."""
-    reserve = None if options.time_reserve is None else parse_seconds(options.time_reserve)
-    if options.max_time is None:
-        return Deadline()
-    seconds = parse_seconds(options.max_time)
-    if seconds <= 0:
-        raise ConfigError(f"max_time is {options.max_time!r}; it must be longer than nothing, for instance '11h30m'.")
-    if not world.is_main:
-        return Deadline()
-    return Deadline(seconds, age_seconds=time.time() - session_start(), reserve_seconds=reserve)
 
 
 def _one_line(error: BaseException) -> str:

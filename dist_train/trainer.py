@@ -68,8 +68,8 @@ class TrainConfig:
     checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
-    log_with: str | None = None
-    """A tracker of Accelerate's, for instance `tensorboard`; it writes into the run directory."""
+    log_with: str | Sequence[str] | None = None
+    """Trackers of Accelerate's, for instance `tensorboard` or `wandb`; they write into the run directory."""
     deterministic: bool = False
     """Deterministic algorithms, needed for bit for bit exact resumes on a GPU; slower."""
     cpu: bool = False
@@ -160,6 +160,8 @@ class Trainer:
             log_with=config.log_with,
             project_dir=os.path.join(config.run_dir, "tracker") if config.log_with else None,
         )
+        if config.log_with and not self.accelerator.log_with:
+            raise ConfigError(f"log_with={config.log_with!r} is not installed: pip install it, or leave log_with out.")
         shared: dict[str, Any] = {"seed": config.seed, "num_workers": config.num_workers}
         if collate_fn is not None:
             shared["collate_fn"] = collate_fn
@@ -179,7 +181,6 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
         with self._run() as run:
-            self._start_tracker(run)
             for _ in run.epochs(self.config.epochs):
                 self.model.train()
                 for batch in run.batches(self.train_loader):
@@ -189,9 +190,6 @@ class Trainer:
                     metrics = self._evaluate(run)
                     self._step_plateau(metrics)
                     run.end_epoch(**metrics)
-        # Not Accelerate's end_training(): it destroys the process group, by which the ranks agree on the end.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
         return TrainResult(
             status=run.reason or StopReason.ERROR,
             exit_code=run.exit_code,
@@ -276,14 +274,6 @@ class Trainer:
                 config=asdict(config),
             ),
         )
-
-    def _start_tracker(self, run: Run) -> None:
-        """One tracker run over all attempts: what was recorded after the checkpoint is cut off."""
-        if self.config.log_with is None:
-            return
-        # In a fresh start, too: an attempt that died before its first checkpoint has recorded steps.
-        purge = {"tensorboard": {"purge_step": run.global_step + 1}}
-        self.accelerator.init_trackers(os.path.basename(os.path.normpath(self.config.run_dir)), init_kwargs=purge)
 
     def _global_batch_size(self) -> int:
         """Fixed at the first start, so that another world size trains the same windows. Collective."""

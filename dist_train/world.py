@@ -207,6 +207,13 @@ class TorchWorld(World):
 
     def _run(self, what: str, collective: Callable[[], Any]) -> None:
         assert threading.get_ident() == self._thread, f"law 10: {what} was asked for in a background thread"
+        # all_reduce on a destroyed group does nothing and says nothing.
+        if not dist.is_initialized():
+            raise DisagreementError(
+                f"Rank {self.rank} of {self.world_size} cannot agree on {what}: the process group was destroyed before "
+                f"the run had ended. Call accelerator.end_training() and destroy_process_group() after the `with Run` "
+                f"block, or leave them out: the run closes its trackers itself."
+            )
         started = time.monotonic()
         try:
             collective()

@@ -29,6 +29,7 @@ EVENTS_LOG = "run.jsonl"
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 BRANCH_FILE = "branch.json"
+TRACKING_FILE = "tracking.json"
 DIGEST_BLOCK_BYTES = 8 << 20
 """A running digest is kept at the end of every block, so that verification names the first wrong byte range."""
 

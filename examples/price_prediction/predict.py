@@ -5,7 +5,7 @@ the input comes out exactly once, in input order.
 
     python examples/price_prediction/data.py --out test.csv --samples 500 --seed 1 --without-price     a SYNTHETIC test
     python examples/price_prediction/predict.py --run runs/ultra --data test.csv --out submission.csv
-    python examples/price_prediction/predict.py --run runs/ultra --checkpoint latest --data test.csv --out last.csv
+    python examples/price_prediction/predict.py --run runs/ultra --checkpoint epoch:15 --data test.csv --out fifteen.csv
 """
 
 import argparse
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="run directory of train.py")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or the path of a checkpoint")
+    parser.add_argument("--checkpoint", default="best", help="best, latest, epoch:N, step:N or a path")
     parser.add_argument("--data", required=True, help="CSV file: sample_id,catalog_content,image_link")
     parser.add_argument("--out", default="submission.csv")
     return parser.parse_args()

@@ -8,8 +8,9 @@ on it says nothing about real products.
     torchrun --nproc-per-node 2 --max-restarts 3 examples/price_prediction/train.py --preset blazing --data train.csv
     accelerate launch examples/price_prediction/train.py --preset fast --mixed-precision fp16
 
-Stop it as you like and run the same command: it continues. `--epochs 25` after 20 adds five; `--resume
-runs/ultra/checkpoints/step-00000850` starts a branch from that checkpoint (`dist-train ls` lists them).
+Stop it as you like and run the same command: it continues. `--epochs 25` after 20 adds five. `--resume epoch:10 --lr
+5e-5` goes back to the end of epoch 10 and tries another learning rate from there, `--resume best` goes back to the
+best; what was newer is kept in checkpoints/abandoned/ (`dist-train ls` lists what there is).
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="CSV file: sample_id,catalog_content,image_link,price; default: SYNTHETIC")
     parser.add_argument("--samples", type=int, default=6000, help="size of the SYNTHETIC sample")
     parser.add_argument("--run-dir", help="default: runs/<preset>")
-    parser.add_argument("--resume", default="auto", help="auto, must, never or the path of a checkpoint")
+    parser.add_argument("--resume", default="auto", help="auto, must, never; best, epoch:N, step:N or a path")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--accumulation", type=int, help="micro-batches in an update, over all processes together")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="products in one forward pass")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--workers", type=int, default=0, help="DataLoader worker processes per rank")
+    parser.add_argument("--keep-last", type=int, default=3, help="newest checkpoints that stay; the best one stays too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
     args = parser.parse_args(arguments)
@@ -119,7 +121,7 @@ def build_trainer(args: argparse.Namespace) -> dt.Trainer:
             cpu=args.cpu,
             resume=args.resume,
             checkpoint=dt.CheckpointPolicy(
-                every_epochs=1, every="10min", keep_last=3, keep_best=1, monitor="val_smape", mode="min"
+                every_epochs=1, every="10min", keep_last=args.keep_last, keep_best=1, monitor="val_smape", mode="min"
             ),
         ),
     )

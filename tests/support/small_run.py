@@ -200,8 +200,8 @@ class StandIn:
 
     def __init__(self, *, scaler: Any | None = None, skip: Callable[[int], bool] = lambda update: False) -> None:
         self.scaler = scaler
+        self.log_with: list[Any] = []
         self.trackers: list[Any] = []
-        self.tracked: list[tuple[int, dict[str, float]]] = []
         self.gradient_state = self
         self.step = 0
         self.optimizer_step_was_skipped = False
@@ -220,8 +220,10 @@ class StandIn:
         loss.backward()
         self.optimizer_step_was_skipped = self._skip(self._update)
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.tracked.append((step, values))
+    def init_trackers(self, name: str, init_kwargs: Mapping[str, Any]) -> None:
+        for tracker in self.log_with:
+            tracker.start(name, init_kwargs)
+            self.trackers.append(tracker)
 
     def _add_dataloader(self, end: Any) -> None: ...
 

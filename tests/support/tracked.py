@@ -1,6 +1,9 @@
-"""A Trainer that tracks into TensorBoard's files, killed in its first lives: one kill a life, at the given steps.
+"""A run with trackers whose first lives end early, each at its own point of a plan.
 
-tracked.py RUN_DIR 2,8      the first life is killed after step 2, the second after step 8
+    tracked.py trainer|loop RUN_DIR 2-kill,5-judged,8-error
+
+`2-kill`: the last rank kills itself after step 2. `5-judged`: step 5 is saved before its evaluation, and the main rank
+kills itself when the evaluation was told to the trackers and is not saved. `8-error`: an exception after step 8.
 """
 
 from __future__ import annotations
@@ -12,29 +15,42 @@ from pathlib import Path
 from typing import Any
 
 import dist_train as dt
-from tests.support.small_run import Numbered, small_model, small_optimizer, squared_error
+from tests.support.small_run import Numbered, SmallRun, small_model, small_optimizer, squared_error
+
+POLICY = dt.CheckpointPolicy(every_steps=5, every_epochs=1)
 
 
-def arm(run_dir: Path, kills: list[int]) -> None:
-    """The last rank kills itself after a step; each kill leaves a file beside the run directory."""
+def arm(run_dir: Path, plan: list[str]) -> None:
+    """One end a life; each leaves a file beside the run directory."""
     fired = sorted(run_dir.parent.glob("fired-*"))
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if len(fired) == len(kills) or rank != world_size - 1:
+    if len(fired) == len(plan):
         return
-    step = dt.Run.step
+    step, _, how = plan[len(fired)].partition("-")
+    rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
+    is_victim = rank == (0 if how == "judged" else last)
+    original = dt.Run._boundary
 
-    def dying_step(run: Any, loss: Any = None) -> None:
-        step(run, loss)
-        if run.global_step == kills[len(fired)]:
+    def end(run: Any, **moment: Any) -> None:
+        if run.global_step == int(step) and how == "judged" and not moment.get("evaluated"):
+            run.save()
+        if not (run.global_step == int(step) and moment.get("evaluated", False) == (how == "judged")):
+            original(run, **moment)
+            return
+        if how != "judged":
+            original(run, **moment)
+        run._checkpointer.wait()
+        run.world.gather(0, "the end of this life")  # whatever is in flight is done on every rank
+        if is_victim:
             (run_dir.parent / f"fired-{len(fired)}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if how != "error":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if how == "error":
+            raise RuntimeError(f"the end of life {len(fired) + 1}")
 
-    dt.Run.step = dying_step  # type: ignore[method-assign]
+    dt.Run._boundary = end  # type: ignore[method-assign]
 
 
-def main() -> int:
-    run_dir, kills = Path(sys.argv[1]), [int(step) for step in sys.argv[2].split(",") if step]
-    arm(run_dir, kills)
+def train_with_trainer(run_dir: Path, trackers: list[str]) -> int:
     model = small_model()
     optimizer, scheduler = small_optimizer(model)
     config = dt.TrainConfig(
@@ -43,8 +59,8 @@ def main() -> int:
         global_batch_size=4,
         cpu=True,
         log_every_steps=1,
-        log_with="tensorboard",
-        checkpoint=dt.CheckpointPolicy(every_steps=3, every_epochs=1),
+        log_with=trackers,
+        checkpoint=POLICY,
     )
     trainer = dt.Trainer(
         model,
@@ -58,5 +74,16 @@ def main() -> int:
     return trainer.fit().exit_code
 
 
+def train_in_a_loop(run_dir: Path, trackers: list[str]) -> int:
+    from accelerate import Accelerator
+
+    dt.init_distributed()
+    accelerator = Accelerator(cpu=True, log_with=trackers, project_dir=str(run_dir / "tracker"))
+    return SmallRun(run_dir=run_dir, accelerator=accelerator, policy=POLICY).train().exit_code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    arm(folder, sys.argv[3].split(","))
+    train = {"trainer": train_with_trainer, "loop": train_in_a_loop}[kind]
+    sys.exit(train(folder, ["tensorboard", "wandb"]))

@@ -203,10 +203,10 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Clock]:
     def begin(max_seconds: float) -> Clock:
         clock = Clock()
 
-        def make_deadline(options: RunOptions, world: Any) -> Deadline:
-            return make(clock, max_seconds) if options.max_time else Deadline()
+        def make_deadline(max_time: Any, time_reserve: Any, *, is_main: bool) -> Deadline:
+            return make(clock, max_seconds) if max_time else Deadline()
 
-        monkeypatch.setattr(run_module, "_deadline_of", make_deadline)
+        monkeypatch.setattr(run_module, "make_deadline", make_deadline)
         # A save takes no time in these tests: what it measures depends on the machine.
         monkeypatch.setattr(Deadline, "save_ended", lambda self, seconds=None: setattr(self, "_save", 0.0))
         return clock
@@ -358,7 +358,7 @@ def test_only_the_main_rank_reads_the_clock() -> None:
     class OtherRank(SoloWorld):
         rank = 1
 
-    deadline = run_module._deadline_of(RunOptions(max_time="1s"), OtherRank())
+    deadline = run_module.make_deadline("1s", None, is_main=False)
     assert deadline._max == float("inf")
 
 

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
+from dist_train import boundary
 from dist_train import run as run_module
 from dist_train.checkpoint.manifest import CHECKPOINTS
 from dist_train.checkpoint.policy import CheckpointPolicy
@@ -37,7 +38,7 @@ from dist_train.errors import (
 from dist_train.history import read_metrics
 from dist_train.metrics import EarlyStopping
 from dist_train.rng import capture_rng
-from dist_train.run import Run, RunOptions
+from dist_train.run import Run
 from tests.support.small_run import (
     AT_THE_END,
     EACH_EPOCH,
@@ -361,7 +362,7 @@ class Clock:
 
 def test_time_based_saves_follow_the_clock(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(boundary, "time", clock)
 
     def pass_time(run: Run) -> None:
         clock.now += 25.0
@@ -375,7 +376,7 @@ def test_time_based_saves_follow_the_clock(run_dir: Path, monkeypatch: pytest.Mo
 
 def test_time_based_saves_do_not_wait_for_an_evaluation_in_vain(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(boundary, "time", clock)
 
     def pass_time(run: Run) -> None:
         clock.now += 61.0 if run.global_step == UPDATES_PER_EPOCH - 1 else 0.0
@@ -634,7 +635,7 @@ def test_metrics_jsonl_holds_nothing_that_a_clock_decides(tmp_path: Path, monkey
     SmallRun(run_dir=tmp_path / "one").train()
     clock = Clock()
     clock.now = 1e6
-    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(boundary, "time", clock)
     SmallRun(run_dir=tmp_path / "other", at_batch=lambda run: setattr(clock, "now", clock.now + 7)).train()
     one, other = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("one", "other"))
     assert one == other
@@ -1105,7 +1106,7 @@ def test_an_evaluation_is_cut_short_when_the_run_is_told_to_leave(run_dir: Path)
     seen: list[int] = []
 
     def stop_and_look(run: Run) -> None:
-        run._stop = StopReason.PREEMPTED
+        run._boundary.stop = StopReason.PREEMPTED
         run.epoch_is_complete = False
         seen.extend(run.batches([1, 2, 3]))
 
@@ -1136,31 +1137,14 @@ def test_several_models_and_optimizers_are_saved_by_name(run_dir: Path) -> None:
     assert torch.equal(changed["model"]["critic"][0].weight, objects()["model"]["critic"][0].weight)
 
 
-def test_the_run_tells_trackers_each_step_and_epoch_once(run_dir: Path) -> None:
-    stand_in = StandIn()
-    stand_in.trackers = ["one"]
-    SmallRun(run_dir=run_dir, accelerator=stand_in, epochs=1, log_every_steps=2).train()
-    steps = [(step, sorted(values)) for step, values in stand_in.tracked]
-    assert steps == [(2, ["loss", "lr"]), (4, ["loss", "lr"]), (5, ["train_loss", "val"])]
-
-
-def test_a_missing_loss_is_not_sent_to_trackers(run_dir: Path) -> None:
-    stand_in = StandIn()
-    stand_in.trackers = ["one"]
-    with Run(str(run_dir), model=smooth_model(), accelerator=stand_in, options=RunOptions(log_every_steps=1)) as run:
-        for _ in run.epochs(1):
-            run.step()
-    assert [values for _, values in stand_in.tracked] == [{}, {}]
-
-
 def test_a_run_asks_for_its_clock_only_on_the_main_rank(run_dir: Path) -> None:
     """Law 4's clocks: with a world of its own where this process is not the main rank, time never decides."""
     policy = CheckpointPolicy(every=1e-9)
     with Run(str(run_dir), model=smooth_model(), policy=policy) as run:
-        assert run._time_is_up()
-        run.world = SimpleNamespace(is_main=False)  # type: ignore[assignment]
-        assert not run._time_is_up()
-        run.world = run._checkpointer.world
+        assert run._boundary._time_is_up()
+        run._boundary._world = SimpleNamespace(is_main=False)  # type: ignore[assignment]
+        assert not run._boundary._time_is_up()
+        run._boundary._world = run.world
 
 
 def test_properties_of_a_fresh_run(run_dir: Path) -> None:

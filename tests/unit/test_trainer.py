@@ -6,13 +6,13 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
 from torch import nn
 
 from dist_train import trainer as trainer_module
@@ -344,32 +344,29 @@ def test_deterministic_algorithms_are_turned_on_when_asked_for(tmp_path: Path, m
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
 
-def test_the_tracker_of_every_attempt_cuts_off_what_came_after_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A first attempt that died before its first checkpoint has written steps, too."""
-    purges: list[Any] = []
-    for steps in (2, 4):
-        ready = trainer(tmp_path / "run", max_steps=steps, log_with="tensorboard")
-        monkeypatch.setattr(
-            ready.accelerator, "init_trackers", lambda name, init_kwargs: purges.append((name, init_kwargs))
-        )
-        ready.fit()
-    assert purges == [("run", {"tensorboard": {"purge_step": step}}) for step in (1, 3)]
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    with pytest.warns(UserWarning, match="no supported trackers"), pytest.raises(ConfigError, match="not installed"):
+        trainer(tmp_path, log_with="tensorboard")
 
 
 def test_trackers_are_finished_once_the_end_is_saved_and_the_process_group_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accelerate's end_training() destroys the group by which several ranks agree on the end."""
-    ready = trainer(tmp_path, max_steps=2)
     told: list[str] = []
-    tracker = SimpleNamespace(
-        name="fake",
-        log=lambda values, step: told.append("log"),
-        finish=lambda: told.append(json.loads((tmp_path / "status.json").read_text())["status"]),
-    )
-    monkeypatch.setattr(ready.accelerator, "trackers", [tracker])
+
+    class Told(GeneralTracker):
+        name, requires_logging_directory, tracker = "told", False, None
+
+        def log(self, values: dict[str, Any], step: int | None = None, **others: Any) -> None:
+            told.append(f"step {step}")
+
+        def finish(self) -> None:
+            told.append(json.loads((tmp_path / "status.json").read_text())["status"])
+
+    ready = trainer(tmp_path, max_steps=2)
+    ready.accelerator.log_with = [Told()]
     monkeypatch.setattr(ready.accelerator.state, "destroy_process_group", lambda: told.append("destroyed"))
     ready.fit()
-    assert told == ["log", "log", "done"]
+    assert told == ["step 1", "step 2", "done"]

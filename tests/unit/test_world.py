@@ -292,7 +292,16 @@ def _acknowledged(store: dist.Store, rank: int) -> str:
 # What is said of a lost peer
 
 
-def test_a_collective_that_fails_says_what_was_waited_for_and_on_which_rank() -> None:
+def test_a_process_group_that_was_destroyed_inside_the_run_is_named() -> None:
+    """By accelerator.end_training(): torch's all_reduce then does nothing, and every rank would decide alone."""
+    world = TorchWorld.__new__(TorchWorld)
+    world._thread, world.rank, world.world_size = threading.get_ident(), 1, 2
+    with pytest.raises(DisagreementError, match=r"Rank 1 of 2 cannot agree on whether.*end_training\(\).*after the"):
+        world._run("whether to save or stop", lambda: None)
+
+
+def test_a_collective_that_fails_says_what_was_waited_for_and_on_which_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     world = TorchWorld.__new__(TorchWorld)
     world._thread = threading.get_ident()
     world.rank, world.world_size, world._timeout_seconds = 3, 8, 1800.0

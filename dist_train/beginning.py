@@ -1,0 +1,129 @@
+"""Where a run begins: at a checkpoint, of which every object takes its part, or afresh; and what is told of it.
+
+Invariant: after `enter` each live object is as the checkpoint says, or nothing was changed and an error says why. The
+random generators are put back last, when nothing that belongs to the start can draw from them any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dist_train import differences
+from dist_train.checkpoint.checkpointer import Checkpointer
+from dist_train.checkpoint.restorer import Opened
+from dist_train.checkpoint.store import Store
+from dist_train.console import set_up_logging
+from dist_train.errors import StateMismatchError
+from dist_train.progress import RunProgress
+from dist_train.reporter import Reporter
+from dist_train.rng import restore_rng
+from dist_train.state import LiveState
+from dist_train.world import World
+
+Json = Any
+
+
+class Beginning:
+    """The start of one attempt. Every method but `restore_rng` is collective."""
+
+    def __init__(
+        self,
+        store: Store,
+        world: World,
+        checkpointer: Checkpointer,
+        live: LiveState,
+        progress: RunProgress,
+        reporter: Reporter,
+    ) -> None:
+        self.opened: Opened | None = None
+        """The checkpoint that the run goes on from; None is a fresh start."""
+        self._store = store
+        self._world = world
+        self._checkpointer = checkpointer
+        self._live = live
+        self._progress = progress
+        self._reporter = reporter
+        self._rng: Json = None
+
+    @property
+    def resumed_from(self) -> str | None:
+        return self.opened.path if self.opened else None
+
+    @property
+    def saved_step(self) -> int:
+        """The step that this run directory holds already, -1 where there is none."""
+        here = self.opened is not None and self.opened.origin is self._store
+        return self._progress.now.global_step if here else -1
+
+    @property
+    def origin_of_run(self) -> Store | None:
+        """Where the checkpoint lies that the run goes on from; None for a fresh start and for another run's."""
+        if self.opened is None or self.opened.manifest.run_id != self._checkpointer.run_id:
+            return None
+        return self.opened.origin
+
+    def enter(self, resume: str, environment: dict[str, Json], device: torch.device) -> None:
+        """Takes the directory over and restores, or starts afresh."""
+        self._checkpointer.open()
+        attempt = self._checkpointer.attempt
+        set_up_logging(self._world.rank, self._world.world_size, attempt)
+        self._reporter.events.attempt = attempt
+        self.opened = self._checkpointer.restore(resume)
+        if self.opened:
+            self._restore(self.opened, environment)
+        else:
+            self._progress.start_fresh(attempt)
+            self._reporter.events.write("started", world_size=self._world.world_size, environment=environment)
+            differences.warn_of_inexact_device(device)
+        self._reporter.problems(self._checkpointer.problems)
+        if self._checkpointer.settle_branch():
+            step = self._progress.now.global_step
+            self._reporter.events.write("branched", path=self.resumed_from, global_step=step)
+
+    def _restore(self, opened: Opened, environment: dict[str, Json]) -> None:
+        manifest = opened.manifest
+        try:
+            changes = self._live.restore(manifest.state, manifest.settings, opened.reader, manifest.absent)
+        except StateMismatchError as error:
+            raise StateMismatchError(
+                f"{opened.path} does not fit the objects of this script: {error}. Nothing was changed. Build the "
+                f"model and optimizer as in the run that saved it, or give another run_dir to start a new run.",
+                opened.path,
+            ) from error
+        for model in self._live.models.values():
+            model.zero_grad()  # of a window that was interrupted in this very process, in a notebook
+        self._rng = self._progress.restore(opened, self._checkpointer.attempt)
+        if changed := differences.warn_of_environment(manifest.environment, environment):
+            self._reporter.events.write("environment_changed", differences=changed)
+        self._reporter.resumed(opened.path, manifest, changes)
+
+    def register(self, name: str) -> None:
+        """The checkpoint's part of an object that was registered after the rest was restored."""
+        if self.opened is not None:
+            self._live.restore_registered(name, self.opened.manifest.state, self.opened.reader)
+
+    def begin(self, data: Mapping[str, Json]) -> None:
+        """Before the first epoch: everything is registered; what is not as it was is told, the files are let go.
+
+        Args:
+            data: what decides the order of samples now.
+        """
+        if self.opened is None:
+            return
+        manifest = self.opened.manifest
+        differences.warn_of_unregistered(self.opened.path, manifest.state, self._live.registered)
+        then = manifest.settings.get("config", {}).get("data", {})
+        in_mid_epoch = self._progress.now.samples_into_epoch > 0
+        self._reporter.changed(differences.compare_data(then, data, in_mid_epoch))
+        self._reporter.where_from(self.opened.path, self._progress.now, self._progress.best)
+        self.opened.reader.close()
+
+    def restore_rng(self, *, for_good: bool) -> None:
+        """The generators as the checkpoint has them; once for good."""
+        if self._rng is not None:
+            restore_rng(self._rng)
+        if for_good:
+            self._rng = None
