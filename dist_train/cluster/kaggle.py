@@ -155,10 +155,12 @@ class Session:
             launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
             program = [sys.executable, "-m", *launcher, f"--max-restarts={restarts}", path]
         print_text(f"Training in {count} process{'es' if count > 1 else ''}: {path}")
+        environment = self._environment()
+        if count > 1:  # torchrun gives each rank one thread otherwise, and says so at length
+            environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
         left = self.session_seconds - LAST_SECONDS - self.age_seconds
-        code = run_child(
-            [*program, *map(str, arguments)], print_text, environment=self._environment(), seconds=max(left, 0.0)
-        )
+        command = [*program, *map(str, arguments)]
+        code = run_child(command, print_text, environment=environment, seconds=max(left, 0.0))
         if code != ExitCode.OK:
             print_text(f"Training ended with exit code {code}; the cause stands above. What it saved is whole.")
         return code

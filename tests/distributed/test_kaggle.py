@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from dist_train.cluster.kaggle import Session
 from tests.support.damage import events
 from tests.support.kaggle_tree import build_wheel, kaggle_tree, make_python, run_notebook, text_of
-from tests.support.launch import ROOT, run_command
+from tests.support.launch import ROOT, run_command, torchrun
 from tests.support.small_run import SmallRun, manifests_of, status_of
 from tests.support.twins import assert_same_run
 
@@ -143,6 +144,15 @@ def require_packed(notebook: Any, kept: Path) -> None:
     assert (kept / "price-best.zip").stat().st_size > 0
     (cell,) = (one for one in notebook.cells if one.id == "pack")
     assert "price-best.zip" in json.dumps([one.get("data", {}) for one in cell.outputs])
+
+
+def test_two_ranks_without_time_for_a_step_end_well_together(tmp_path: Path) -> None:
+    command = torchrun(2, str(TRAIN), "--run-dir", str(tmp_path / "run"), "--max-time", "1h", *SIZE)
+    long_ago = {"DIST_TRAIN_SESSION_START": str(time.time() - 3600)}
+    ended = run_command(command, deadline_seconds=100, extra=long_ago).require_success()
+    assert ended.output.count("There was no time for a single step") == 1
+    status = status_of(tmp_path / "run")
+    assert (status["status"], status["exit_code"], status["global_step"]) == ("time_limit", 0, 0)
 
 
 def test_a_notebook_without_the_wheel_says_what_to_attach(tmp_path: Path) -> None:

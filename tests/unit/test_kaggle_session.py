@@ -184,9 +184,14 @@ def test_one_process_a_gpu_and_restarts_through_torchrun(
     root: Path, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kaggle, "find_gpus", lambda: (T4, T4))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     script = attach(root, "library/train.py")
     assert Session().train("train.py", "--epochs", 3) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    Session().train("train.py")
+    assert [environment["OMP_NUM_THREADS"] for _, environment, _ in started] == ["1", "2"]
     options = ["--nproc-per-node=2", "--max-restarts=3", str(script), "--epochs", "3"]
     assert started[0][0] == [*launcher, *options]
 
