@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import look
+from dist_train.commands import exchange, look
 from dist_train.commands.command import refuse
 from dist_train.errors import DistTrainError, ExitCode
 
-_FAMILIES = (look,)
+_FAMILIES = (look, exchange)
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first
@@ -25,9 +25,12 @@ examples:
   dist-train show runs/ultra --checkpoint best    the one with the best metric
   dist-train verify runs/ultra                    read every byte, name what is wrong
   dist-train ls runs/ultra --json | jq -r '.[-1].path'
+  dist-train export runs/ultra best               a .pth that plain torch loads
+  dist-train import old.pth --run runs/ultra      go on from an old script's file
+  dist-train pack runs/ultra                      best and latest as a zip to download
 
 exit codes: 0 all is well; 1 something is wrong: damage, no such run, no
-checkpoint; 2 wrong usage. Nothing is ever changed, and the run may be training.
+checkpoint; 2 wrong usage. The run may be training: nothing in it is changed.
 """
 
 
@@ -52,14 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     layout: dict[str, Any] = {"epilog": _EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    purpose = "Looks into the run directories of dist_train."
+    purpose = "What to do with the run directories of dist_train."
     parser = argparse.ArgumentParser(prog="dist-train", description=purpose, **layout)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], purpose: str, *, on_a_run: bool = True
+    ) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=purpose, description=purpose, **layout)
         one.set_defaults(command=command)
-        one.add_argument("run_dir", metavar="RUN", help="run directory: the run_dir of the training")
+        if on_a_run:
+            one.add_argument("run_dir", metavar="RUN", help="run directory: the run_dir of the training")
         one.add_argument("--json", action="store_true", help="for programs: JSON on stdout")
         return one
 

@@ -20,6 +20,8 @@ from dist_train.checkpoint.store import Store
 
 Json = Any
 METER_SECONDS = 0.1
+PLAIN_METER_SECONDS = 10.0
+"""Between lines where no terminal overwrites them: work that is over sooner says nothing."""
 _PERCENT = ("smape", "mape", "percent")
 
 
@@ -92,23 +94,31 @@ def print_text(text: str, *, error: bool = False) -> None:
 
 
 class ByteMeter:
-    """How far long work on bytes is: a live line with speed and time left on a terminal, nothing elsewhere.
+    """How far long work on bytes is: a live line with speed and time left on a terminal, a plain one now and then
+    elsewhere.
 
     Args:
         total: bytes in all; 0 where nobody knows.
+        enabled: whether to say anything; only the main rank should.
     """
 
     def __init__(
-        self, total: int, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        stream: TextIO | None = None,
+        *,
+        name: str = "",
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.done = 0
-        self.name = ""
+        self.name = name
         """What is being worked on, shown before the numbers."""
         self._total = total
-        self._console = Console(stream=stream or sys.stderr)
+        self._console = Console(enabled=enabled, stream=stream or sys.stderr)
         self._clock = clock
         self._started = clock()
-        self._drawn = self._started
+        self._shown = self._started
 
     @property
     def seconds(self) -> float:
@@ -118,9 +128,10 @@ class ByteMeter:
         """More bytes are done."""
         self.done += count
         now = self._clock()
-        if now - self._drawn >= METER_SECONDS:
-            self._drawn = now
-            self._console.show(self._line(now - self._started))
+        if now - self._shown >= (METER_SECONDS if self._console.is_live else PLAIN_METER_SECONDS):
+            self._shown = now
+            tell = self._console.show if self._console.is_live else self._console.say
+            tell(self._line(now - self._started))
 
     def pause(self) -> None:
         """Takes the live line away, so that something else may be printed."""
@@ -128,13 +139,13 @@ class ByteMeter:
 
     def _line(self, seconds: float) -> str:
         speed = self.done / seconds
-        of_total, left = "", ""
+        of_total, left = bytes_text(self.done), ""
         if self._total:
             share = min(self.done / self._total, 1.0)
-            of_total = f" of {bytes_text(self._total)} ({share:.0%})"
+            of_total = f"{_part_text(self.done, self._total)} ({share:.0%})"
             left = f", {seconds_text((self._total - self.done) / speed)} left" if 0 < self.done < self._total else ""
-        name = f"{self.name}  " if self.name else ""
-        return f"{name}{bytes_text(self.done)}{of_total}, {bytes_text(speed)}/s{left}"
+        name = f"{self.name}: " if self.name else ""
+        return f"{name}{of_total}, {bytes_text(speed)}/s{left}"
 
 
 class _Lines:
@@ -220,6 +231,13 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _part_text(done: float, total: float) -> str:
+    """`3.1 of 12.4 GB`; both with their units where these differ."""
+    part, whole = bytes_text(done), bytes_text(total)
+    number, unit = part.split(" ")
+    return f"{number} of {whole}" if whole.endswith(f" {unit}") else f"{part} of {whole}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -59,7 +59,7 @@ class RunProgress:
         self._log.start(attempt, None, 0)
 
     def restore(self, opened: Opened, attempt: int) -> Json:
-        """Takes over what a checkpoint says; returns this rank's RNG state."""
+        """Takes over what a checkpoint says; returns this rank's RNG state, None where an import had none."""
         manifest = opened.manifest
         self.now = manifest.progress
         self.best, self.metrics, self.train_loss = manifest.best, dict(manifest.metrics), manifest.train_loss
@@ -68,7 +68,7 @@ class RunProgress:
         meters = [[float.fromhex(text) for text in row["loss"]] for row in rows]
         if len(rows) == self._world.world_size:
             self.meter.load(meters[self._world.rank])
-            return rows[self._world.rank]["rng"]
+            return rows[self._world.rank].get("rng")
         logger.warning(
             "The checkpoint was saved by %d ranks and is continued by %d: samples, updates and learning rates are the "
             "same, random numbers drawn in training (dropout) are not.",
@@ -77,7 +77,7 @@ class RunProgress:
         )
         if self._world.is_main:
             self.meter.load([math.fsum(column) for column in zip(*meters, strict=True)])
-        return rows[min(self._world.rank, len(rows) - 1)]["rng"]
+        return rows[min(self._world.rank, len(rows) - 1)].get("rng")
 
     def count_update(self, micro: MicroBatch, *, skipped: bool) -> None:
         """One window is consumed; its update counts unless the GradScaler left it out."""
@@ -130,7 +130,8 @@ class RunProgress:
 
     def _judge(self) -> None:
         """The best so far, and patience. Metrics are equal on all ranks, and so is the verdict."""
-        monitor = self._policy.monitor or (self.best.monitor if self.best else next(iter(self.metrics), None))
+        inherited = self.best.monitor if self.best and self.best.monitor in self.metrics else None
+        monitor = self._policy.monitor or inherited or next(iter(self.metrics), None)
         if monitor is None:
             return
         if monitor not in self.metrics:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed
+from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped
 from dist_train.console import Console, EventLog, bytes_text, metric_label, metric_text
 from dist_train.health.deadline import Deadline
 
@@ -57,8 +57,9 @@ class Reporter:
         for event in events:
             if isinstance(event, Committed):
                 self._report_commit(event)
-            elif isinstance(event, Pruned):
-                self.events.write("pruned", path=event.path)
+            elif isinstance(event, (Pruned, Stripped)):
+                name = "pruned" if isinstance(event, Pruned) else "stripped"
+                self.events.write(name, path=event.path, reason=event.reason, bytes=event.num_bytes)
             else:
                 self._report_failure(event, failures, most_failures, newest)
 
@@ -112,11 +113,12 @@ class Reporter:
         if wrong and not self._warned_of_not_finite:
             self._warned_of_not_finite = True
             logger.warning(
-                "%s is not finite at step %d. Training goes on; the newest checkpoint is step %d. Pin a good one by "
-                "copying its folder away before newer ones replace it, and look at the learning rate and the data.",
+                "%s is not finite at step %d. Training goes on; the newest checkpoint is step %d. Keep a good one with "
+                "`dist-train pin %s step:N` before newer ones replace it, and look at the learning rate and the data.",
                 ", ".join(wrong),
                 global_step,
                 committed_step,
+                self._run_dir,
             )
             self.events.write("not_finite", global_step=global_step, names=wrong)
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.errors import StateMismatchError, UnsaveableStateError
 from dist_train.rng import capture_rng
+from dist_train.tied import compare_copies, group_tied, storage_key
 from dist_train.tree import decode, encode, merge_settings
 
 Json = Any
@@ -269,7 +270,7 @@ def _capture_model(model: nn.Module, place: str, capture: Capture, own_buffers: 
             continue
         if nn.parameter.is_lazy(value):
             raise UnsaveableStateError(f"{full} has no shape yet: call the model on one batch before the run is made.")
-        if (first := seen.setdefault(_storage_key(value), full)) != full:
+        if (first := seen.setdefault(storage_key(value), full)) != full:
             capture.aliases[full] = first
             continue
         capture.tensors[full] = value.detach()
@@ -296,15 +297,6 @@ def _hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _is_extra(name: str, value: Any) -> bool:
     """What a module returns from get_extra_state; a tensor from there is a new one at each call."""
     return not isinstance(value, torch.Tensor) or name.rpartition(".")[2] == "_extra_state"
-
-
-def _storage_key(value: torch.Tensor) -> Any:
-    if value.layout != torch.strided or value.is_meta:
-        return id(value)  # no address to compare; the plan refuses it by name
-    if isinstance(value, DTensor) or value.numel() == 0:
-        local = value.to_local() if isinstance(value, DTensor) else value
-        return id(value) if local.numel() == 0 else (local.data_ptr(), tuple(value.shape), str(value.dtype))
-    return (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
 
 
 def positional_name(group: int, place: int) -> str:
@@ -371,6 +363,9 @@ def _restore_optimizer(
                 optimizer.state[parameter] = decode(json["state"][saved_name], _state_loader(source, parameter))
     for key, value in decode(json["loose"], lambda name, device: source.create(name, CPU)).items():
         optimizer.state[key] = value
+    if any(isinstance(one, dict) and isinstance(one.get("step"), (int, float)) for one in optimizer.state.values()):
+        # torch's own repair of what an older torch has saved: a count that is no tensor would never move.
+        optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
 def _state_loader(source: TensorSource, parameter: torch.Tensor) -> Any:
@@ -383,7 +378,7 @@ def _state_loader(source: TensorSource, parameter: torch.Tensor) -> Any:
 def _restore_model(model: nn.Module, place: str, source: TensorSource, own_buffers: bool) -> None:
     buffers = {clean_name(name) for name, _ in model.named_buffers()}
     with torch.no_grad():
-        for name, value in _unique_tensors(model):
+        for name, value in _tensors_as_stored(model, place, source):
             own = own_buffers and name in buffers and not isinstance(value, DTensor)
             source.fill(f"{place}/{name}", value) if not own else _fill_own(source, f"{place}/{name}", value)
         present = set(source.names(f"buffer/{place}/"))
@@ -403,18 +398,24 @@ def _fill_own(source: TensorSource, name: str, value: torch.Tensor) -> None:
     source.fill(own, value)
 
 
-def _unique_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    seen: set[Any] = set()
-    for raw, value in model.state_dict().items():
-        if not _is_extra(raw, value) and (key := _storage_key(value)) not in seen:
-            seen.add(key)
-            yield clean_name(raw), value
+def _tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor once. Which name of a tied one is stored is for its writer to choose: that one, or the first."""
+    stored = set(source.names(f"{place}/"))
+    for names, value in _tied_names(model):
+        yield next((name for name in names if f"{place}/{name}" in stored), names[0]), value
+
+
+def _tied_names(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+    members = model.state_dict().items()
+    return group_tied((clean_name(raw), value) for raw, value in members if not _is_extra(raw, value))
 
 
 def _compare_model(model: nn.Module, place: str, source: TensorSource) -> list[str]:
-    live = {f"{place}/{name}": value for name, value in _unique_tensors(model)}
+    live = {f"{place}/{name}": value for name, value in _tensors_as_stored(model, place, source)}
     saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")}
-    problems = [f"{name} is in the checkpoint and not in the model" for name in sorted(saved - set(live))]
+    groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in _tied_names(model)]
+    copies, problems = compare_copies(groups, lambda name: source.create(name, CPU))
+    problems += [f"{name} is in the checkpoint and not in the model" for name in sorted(saved - set(live) - copies)]
     problems += [f"{name} is in the model and not in the checkpoint" for name in sorted(set(live) - saved)]
     for name in sorted(saved & set(live)):
         shape, dtype = source.describe(name)

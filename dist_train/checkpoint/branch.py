@@ -115,7 +115,14 @@ def candidates(record: Json, placed: Sequence[Placed]) -> list[list[str]]:
     """The checkpoints to try, best first: the branch's own, then its origin."""
     own = [one for one in placed if one.one.manifest and one.sequence >= record["first_sequence"]]
     own.sort(key=lambda one: one.sequence, reverse=True)
-    return [*(one.candidate for one in own), list(record["origin"])]
+    return [*(one.candidate for one in own), _origin_now(record)]
+
+
+def _origin_now(record: Json) -> list[str]:
+    """The branch's origin; by its present digest where retention has made it weights-only since."""
+    root, path, digest = record["origin"]
+    manifest = read_checkpoint(Store(root), path).manifest
+    return [root, path, manifest.digest if manifest and manifest.stripped_from == digest else digest]
 
 
 def settle(store: Store, record: Json) -> None:

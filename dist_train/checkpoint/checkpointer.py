@@ -20,6 +20,7 @@ from typing import Any
 
 from dist_train import errors
 from dist_train.checkpoint.catalog import committed, list_checkpoints
+from dist_train.checkpoint.keeper import Keeper
 from dist_train.checkpoint.manifest import (
     CHECKPOINTS,
     FORMAT_VERSION,
@@ -37,11 +38,10 @@ from dist_train.checkpoint.parents import read_run_id
 from dist_train.checkpoint.plan import Plan, make_plan, signature_of
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.restorer import Opened, Restorer
-from dist_train.checkpoint.retention import select_best, select_deletions
 from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
-from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, SaveJob, Writer, describe_error, discard
+from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, describe_error, discard
 from dist_train.console import bytes_text
 from dist_train.errors import DistTrainError, SaveFailedError
 from dist_train.state import Capture
@@ -96,9 +96,7 @@ class Checkpointer:
         self.failures = 0
         """Saves that failed in a row."""
         self._fatal: DistTrainError | None = None
-        self._told_of_links = False
-        self._verified: set[str] = set()
-        self._protected: set[str] = set()
+        self._keeper = Keeper(store, policy, lambda: self.is_lost)
 
     @property
     def problems(self) -> list[str]:
@@ -162,6 +160,8 @@ class Checkpointer:
 
     def restore(self, resume: str) -> Opened | None:
         """The checkpoint to continue from, its digests verified; None is a fresh start. See `Restorer.find`."""
+        for text in self.policy.settings_without_effect() if self.world.is_main else ():
+            logger.warning("CheckpointPolicy: %s", text)
         opened = self._restorer.find(resume, self.attempt)
         self._sequence = self._restorer.last_sequence
         if opened is not None:
@@ -169,8 +169,11 @@ class Checkpointer:
         return opened
 
     def settle_branch(self) -> bool:
-        """Once the state is restored: see `Restorer.settle_branch`."""
-        return self._restorer.settle_branch()
+        """Once the state is restored: see `Restorer.settle_branch`. Then makes room for the first save."""
+        is_new = self._restorer.settle_branch()
+        if self.world.is_main and self.policy.budget is not None and self._writer is not None:
+            self._writer.run(lambda: self._keeper.make_room(self.run_id, self._monitor))
+        return is_new
 
     def _accept(self, opened: Opened) -> None:
         self._sequence = max(self._sequence, opened.manifest.sequence)
@@ -179,8 +182,7 @@ class Checkpointer:
         if opened.origin is self.store:
             relative = opened.path.removeprefix(self.store.shown(""))
             self.committed = opened.manifest.progress
-            self._verified.add(relative)
-            self._protected = {relative}
+            self._keeper.resumed_from(relative)
 
     # Saving
 
@@ -352,32 +354,4 @@ class Checkpointer:
 
     def _after_commit(self, done: Committed) -> list[Event]:
         self._parent = done.manifest.digest
-        self._verified.add(done.path)
-        if self.is_lost:  # what follows is the new attempt's business
-            return []
-        found = committed(list_checkpoints(self.store))
-        own = [one for one in found if one[1].run_id == self.run_id]
-        self._point_links(done.path, own)
-        doomed = select_deletions(
-            own,
-            self.policy,
-            run_id=self.run_id,
-            verified=self._verified,
-            protected=self._protected,
-            monitor=self._monitor,
-        )
-        self._protected = set()  # once something newer is durable, the origin of this attempt is like any other
-        return [Pruned(path=path) for path in doomed if not self.is_lost and discard(self.store, path)]
-
-    def _point_links(self, latest: str, own: list[tuple[str, Manifest]]) -> None:
-        best = select_best(own, self._monitor, self.policy.mode, 1)
-        try:
-            self.store.link("latest", latest)
-            if best:
-                self.store.link("best", best[0][0])
-        except OSError as error:
-            if not self._told_of_links:
-                logger.warning(
-                    "No 'latest' and 'best' links in %s: %s. Nothing depends on them.", self.store.root, error
-                )
-            self._told_of_links = True
+        return self._keeper.after_commit(done, self._monitor)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train.checkpoint.manifest import Manifest
+from dist_train.checkpoint.manifest import IMPORTED, Manifest
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.weight_files import model_tensors
 from dist_train.tree import decode
@@ -31,12 +31,14 @@ def build_dictionary(manifest: Manifest, reader: CheckpointReader, *, weights_on
     """Tensors are mapped from the files where they can be; several models or optimizers are dictionaries by name."""
     progress = manifest.progress
     best = {f"best_{manifest.best.monitor}": manifest.best.value} if manifest.best else {}
+    loss = {} if manifest.train_loss is None else {"train_loss": manifest.train_loss}
     told: dict[str, Any] = {
         **manifest.metrics,
         **best,
+        **loss,
         "epoch": progress.epochs_completed - 1,
         "global_step": progress.global_step,
-        "train_loss": manifest.train_loss,
+        **_decode(manifest.settings.get(IMPORTED, {}), reader),  # not trained since: what its source said still holds
         MODEL_KEY: _only(_model_states(manifest, reader)),
     }
     if weights_only:

@@ -17,11 +17,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dist_train.checkpoint.facts import Mode
 from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, RUN_FILE
 from dist_train.errors import ConfigError, CorruptCheckpointError, NoCheckpointError
 from dist_train.state import clean_name
@@ -39,6 +40,8 @@ SCHEDULER_KEYS = (
     "sched",
 )
 SCALER_KEYS = ("scaler_state_dict", "scaler_state", "grad_scaler", "scaler", "native_amp_scaling_state")
+PARTS = ("optimizer", "scheduler", "scaler")
+"""Kinds of state beside the weights."""
 _LIGHTNING = "pytorch-lightning_version"
 _LIGHTNING_SCALER = "MixedPrecision"
 _DICTIONARIES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".th")
@@ -55,18 +58,20 @@ class ImportOptions:
     """Names of the models, optimizers and schedulers in order, where there are several."""
     keep_names: bool = False
     """Do not take `module.` and `_orig_mod.` off the names."""
-    weights_only: bool = False
-    """Leave the state of optimizer, scheduler and scaler behind."""
+    without: tuple[str, ...] = ()
+    """Leave the state of `optimizer`, `scheduler` or `scaler` behind, so that it starts fresh."""
     epochs_completed: int | None = None
     """Instead of what the source says."""
     global_step: int | None = None
     """Instead of what the source says."""
-    mode: Literal["min", "max"] = "min"
-    """Whether lower or higher is better for the best metric."""
+    mode: Mode | None = None
+    """Whether lower or higher is better for the best metric; None judges by its name."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("min", "max"):
+        if self.mode not in (None, "min", "max"):
             raise ConfigError(f"mode={self.mode!r} is not known; give 'min' or 'max'.")
+        if unknown := sorted(set(self.without) - set(PARTS)):
+            raise ConfigError(f"without={', '.join(unknown)} is not known; give some of {', '.join(PARTS)}.")
         for name in ("epochs_completed", "global_step"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -86,6 +91,8 @@ class Foreign:
     optimizers: dict[str, Any] = field(default_factory=dict)
     schedulers: dict[str, Any] = field(default_factory=dict)
     scaler: Any = None
+    mode: Mode | None = None
+    """Whether lower or higher is better, where the source says it."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Everything else: epoch, step, metrics."""
     notes: list[str] = field(default_factory=list)
@@ -108,8 +115,12 @@ def read_foreign(source: str, options: ImportOptions, load: Load) -> Foreign:
         _add_safetensors(foreign, "", [source])
     else:
         foreign = _read_dictionary(source, load(source), options)
-    if options.weights_only:
-        foreign.optimizers, foreign.schedulers, foreign.scaler = {}, {}, None
+    if "optimizer" in options.without:
+        foreign.optimizers = {}
+    if "scheduler" in options.without:
+        foreign.schedulers = {}
+    if "scaler" in options.without:
+        foreign.scaler = None
     for name, weights in foreign.models.items():
         foreign.models[name] = _map_names(foreign, name, weights)
     return foreign
@@ -162,22 +173,42 @@ def _read_lightning(source: str, loaded: Mapping[str, Any], options: ImportOptio
     foreign.optimizers = _in_order("optimizers", optimizers, options, source)
     foreign.schedulers = _in_order("schedulers", schedulers, options, source)
     foreign.scaler = loaded.get(_LIGHTNING_SCALER) or loaded.get("native_amp_scaling_state")
-    foreign.facts = {key: loaded[key] for key in ("epoch", "global_step") if key in loaded}
-    if _is_in_mid_epoch(loaded):
-        foreign.facts["epochs_completed"] = loaded.get("epoch", 0)
-        foreign.notes.append("it was saved in the middle of an epoch, which begins again")
-    known = {"state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", _LIGHTNING}
+    foreign.facts = {key: loaded[key] for key in ("global_step",) if key in loaded}
+    _count_epochs(loaded, foreign)
+    _read_monitored(loaded.get("callbacks"), foreign)
+    known = {"state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops", _LIGHTNING}
     rest = sorted(set(loaded) - known - {_LIGHTNING_SCALER, "native_amp_scaling_state"})
     if rest:
         foreign.notes.append(f"not taken: {', '.join(rest)}")
     return foreign
 
 
-def _is_in_mid_epoch(loaded: Mapping[str, Any]) -> bool:
+def _count_epochs(loaded: Mapping[str, Any], foreign: Foreign) -> None:
+    """Lightning's `epoch` counts the epochs that are over: in the hooks at an epoch's end, where it saves, that one is
+    not among them. Source: lightning's `loops/fit_loop.py`, `on_advance_end`, and `Trainer.current_epoch`.
+    """
+    completed = int(loaded.get("epoch") or 0)
     try:
-        return loaded["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] is False
+        loop = loaded["loops"]["fit_loop"]
+        is_open = loop["epoch_progress"]["current"]["ready"] > completed
+        at_its_end = loop["epoch_loop.batch_progress"]["is_last_batch"] is not False
     except (KeyError, TypeError):
-        return False
+        is_open = at_its_end = True
+    if is_open and not at_its_end:
+        foreign.notes.append("it was saved in the middle of an epoch, which begins again")
+    foreign.facts["epochs_completed"] = completed + (is_open and at_its_end)
+
+
+def _read_monitored(callbacks: Any, foreign: Foreign) -> None:
+    """What ModelCheckpoint watched."""
+    for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        monitor = state.get("monitor") if isinstance(state, Mapping) else None
+        if str(key).startswith("ModelCheckpoint") and monitor and state.get("best_model_score") is not None:
+            named = re.search(r"'mode': '(min|max)'", str(key))
+            foreign.facts[f"best_{monitor}"] = state["best_model_score"]
+            foreign.mode = cast(Mode, named[1]) if named else None
+            if state.get("current_score") is not None:
+                foreign.facts.setdefault("metrics", {})[monitor] = state["current_score"]
 
 
 def is_optimizer_state(value: Any) -> bool:
@@ -236,21 +267,18 @@ def _read_folder(source: str, options: ImportOptions, load: Load) -> Foreign:
             _add_safetensors(foreign, name, files)
         else:
             foreign.models[name] = _merge_weights(files, load)
-    parts = {kind: [load(os.path.join(source, one)) for one in _numbered(names, kind)] for kind in _PARTS}
+    parts = {part: [load(os.path.join(source, one)) for one in _numbered(names, part)] for part in PARTS}
     foreign.optimizers = _in_order("optimizers", parts["optimizer"], options, source)
     foreign.schedulers = _in_order("schedulers", parts["scheduler"], options, source)
     foreign.scaler = next(iter(parts["scaler"]), None)
     if by_trainer:
-        foreign.facts = _read_trainer_state(os.path.join(source, "trainer_state.json"))
+        _read_trainer_state(foreign, os.path.join(source, "trainer_state.json"))
     taken = {os.path.basename(file) for files in models for file in files}
-    taken |= {one for kind in _PARTS for one in _numbered(names, kind)} | {"trainer_state.json"}
+    taken |= {one for part in PARTS for one in _numbered(names, part)} | {"trainer_state.json"}
     rest = [one for one in names if one not in taken and not one.endswith((".index.json", ".md"))]
     if rest:
         foreign.notes.append(f"not taken: {_some(rest)}")
     return foreign
-
-
-_PARTS = ("optimizer", "scheduler", "scaler")
 
 
 def _require_foreign(source: str, names: Sequence[str]) -> None:
@@ -344,10 +372,16 @@ def _read_json(path: str) -> Any:
         raise CorruptCheckpointError(f"{path} is not JSON ({error}).", path) from error
 
 
-def _read_trainer_state(path: str) -> dict[str, Any]:
+def _read_trainer_state(foreign: Foreign, path: str) -> None:
     """transformers counts epochs as a fraction: whole ones are completed."""
     state = _read_json(path)
-    return {"epochs_completed": int(state.get("epoch") or 0), "global_step": int(state.get("global_step") or 0)}
+    epoch, step = float(state.get("epoch") or 0), int(state.get("global_step") or 0)
+    foreign.facts = {"epochs_completed": int(epoch), "global_step": step}
+    if not epoch.is_integer():
+        foreign.notes.append(f"it was saved in the middle of an epoch ({epoch:.2f}), which begins again")
+    for record in state.get("log_history") or []:
+        if record.get("step") == step:
+            foreign.facts.update({key: value for key, value in record.items() if key.startswith("eval_")})
 
 
 # Names

@@ -7,13 +7,15 @@ is made. The run directory is not changed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar, cast
 
 from torch import nn
 
+from dist_train.checkpoint.catalog import read_checkpoint
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.reader import CheckpointReader
+from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.selection import select_checkpoint
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
@@ -38,21 +40,36 @@ def load_model(run_dir: str, checkpoint: str, model: _Model) -> _Model:
         CorruptCheckpointError: its bytes are not those that were committed.
         StateMismatchError: names, shapes or dtypes differ from the model's.
     """
-    store, path, manifest = find_checkpoint(run_dir, checkpoint)
-    files = files_for_inference(manifest)
-    meter = ByteMeter(sum(manifest.files[name].size for name in files), sys.stderr)
-    require_whole(store, path, manifest, files, meter)
-    reader = CheckpointReader(store, path, manifest)
+    opened = open_whole(lambda: find_checkpoint(run_dir, checkpoint), files_for_inference)
     try:
         models = dict(model) if isinstance(model, Mapping) else {"": cast(nn.Module, model)}
-        LiveState(models=models, optimizers={}).restore(manifest.state, {}, reader)
+        LiveState(models=models, optimizers={}).restore(opened.manifest.state, {}, opened.reader)
     except StateMismatchError as error:
-        raise StateMismatchError(
-            f"{store.path(path)} does not fit the model: {error}. The model is unchanged."
-        ) from error
+        raise StateMismatchError(f"{opened.path} does not fit the model: {error}. The model is unchanged.") from error
     finally:
-        reader.close()
+        opened.reader.close()
     return model
+
+
+def open_whole(
+    select: Callable[[], tuple[Store, str, Manifest]], files_of: Callable[[Manifest], Collection[str]]
+) -> Opened:
+    """A checkpoint whose files are what was committed. The choice is made again when a training that goes on has
+    pruned it meanwhile, or taken its optimizer's state away.
+
+    Raises:
+        CorruptCheckpointError: its bytes are not those that were committed.
+    """
+    for tries_left in (2, 1, 0):
+        store, path, manifest = select()
+        try:
+            require_whole(store, path, manifest, files_of(manifest))
+            reader = CheckpointReader(store, path, manifest)
+            return Opened(path=store.shown(path), manifest=manifest, reader=reader, origin=store)
+        except (CorruptCheckpointError, FileNotFoundError):
+            if read_checkpoint(store, path).manifest == manifest or not tries_left:
+                raise
+    raise AssertionError("unreachable")
 
 
 def find_checkpoint(run_dir: str, checkpoint: str) -> tuple[Store, str, Manifest]:
@@ -68,16 +85,21 @@ def files_for_inference(manifest: Manifest) -> list[str]:
     return [name for name in sorted(manifest.files) if not name.startswith("optimizer-")]
 
 
-def require_whole(store: Store, path: str, manifest: Manifest, files: Collection[str], meter: ByteMeter) -> None:
+def list_all_files(manifest: Manifest) -> list[str]:
+    return sorted(manifest.files)
+
+
+def require_whole(store: Store, path: str, manifest: Manifest, files: Collection[str]) -> None:
     """Raises CorruptCheckpointError where the bytes of these files are not those that were committed."""
-    meter.name = f"verify {path.rsplit('/', 1)[-1]}"
+    name = f"verify {path.rsplit('/', 1)[-1]}"
+    meter = ByteMeter(sum(manifest.files[one].size for one in files), sys.stderr, name=name)
     try:
         damages = verify_checkpoint(store, path, manifest, files=files, on_bytes=meter.add)
     finally:
         meter.pause()
     if damages:
         raise CorruptCheckpointError(
-            f"{store.path(path)} cannot be used: {'; '.join(map(str, damages))}. Choose another checkpoint "
+            f"{store.shown(path)} cannot be used: {'; '.join(map(str, damages))}. Choose another checkpoint "
             f"(`dist-train ls {store.given}` lists them).",
             str(store.path(path)),
         )

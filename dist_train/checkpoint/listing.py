@@ -183,8 +183,9 @@ def _best_text(best: Facts | None) -> str:
         return ""
     value = metric_text(best["monitor"], best["value"])
     direction = "lower" if best["mode"] == "min" else "higher"
-    place = f"at step {best['global_step']:,}, epoch {best['epochs_completed']}"
-    return f"{best['monitor']} {value} {place} ({direction} is better)"
+    known = best["global_step"] or best["epochs_completed"]  # an import may tell the value alone
+    place = f" at step {best['global_step']:,}, epoch {best['epochs_completed']}" if known else ""
+    return f"{best['monitor']} {value}{place} ({direction} is better)"
 
 
 def _settings_pairs(one: Facts) -> dict[str, str]:

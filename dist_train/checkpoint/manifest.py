@@ -30,6 +30,9 @@ RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 BRANCH_FILE = "branch.json"
 TRACKING_FILE = "tracking.json"
+PINS = "pins"
+IMPORTED = "imported"
+"""Setting of an imported checkpoint: what its source said beside the state, under its own names."""
 DIGEST_BLOCK_BYTES = 8 << 20
 """A running digest is kept at the end of every block, so that verification names the first wrong byte range."""
 
@@ -150,6 +153,17 @@ class Manifest:
         is resumed from.
         """
         return list(self.settings.get("absent", []))
+
+    @property
+    def stripped_from(self) -> str | None:
+        """Digest of the manifest that it replaced, where retention has taken the optimizer's state away."""
+        digest: str | None = self.settings.get("stripped_from")
+        return digest
+
+    @property
+    def optimizer_files(self) -> list[str]:
+        """Files with the optimizer's tensors and nothing else."""
+        return sorted(name for name in self.files if name.startswith("optimizer-"))
 
     @property
     def num_bytes(self) -> int:

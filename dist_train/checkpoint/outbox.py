@@ -88,15 +88,20 @@ def _replace_weights(parent: Store, name: str, temporary: str) -> None:
     parent.remove_tree(temporary)
 
 
+def require_new(target: str, *, force: bool, is_folder: bool) -> None:
+    """Raises ConfigError where something is there already that may not be replaced; asked before long work begins."""
+    if not os.path.lexists(target):
+        return
+    if os.path.isdir(target) is not is_folder:
+        what = "a file, and a folder" if is_folder else "a directory, and a file"
+        raise ConfigError(f"{target} is {what} is to be written. Give another path.")
+    if not force and not (is_folder and not os.listdir(target)):
+        raise ConfigError(f"{target} is there already. Give another path (--to), or --force to replace it.")
+
+
 def _prepare(target: str, needed_bytes: int, force: bool, *, is_folder: bool) -> tuple[Store, str]:
-    full = os.path.abspath(target)
-    parent, name = os.path.split(full)
-    if os.path.lexists(full):
-        if os.path.isdir(full) is not is_folder:
-            what = "a file, and a folder" if is_folder else "a directory, and a file"
-            raise ConfigError(f"{target} is {what} is to be written. Give another path with --to.")
-        if not force and not (is_folder and not os.listdir(full)):
-            raise ConfigError(f"{target} is there already. Give another path with --to, or --force to replace it.")
+    require_new(target, force=force, is_folder=is_folder)
+    parent, name = os.path.split(os.path.abspath(target))
     store = Store(parent)
     try:
         store.make_directory("")
@@ -106,7 +111,7 @@ def _prepare(target: str, needed_bytes: int, force: bool, *, is_folder: bool) ->
     if free < needed_bytes + _SLACK_BYTES:
         raise StorageError(
             f"{target} was not written: it needs {bytes_text(needed_bytes)}, {bytes_text(free)} are free in {parent}. "
-            f"Free space or choose a place on another disk with --to."
+            f"Free space, or choose a place on another disk."
         )
     return store, name
 
@@ -121,4 +126,4 @@ def _told(error: BaseException, target: str) -> BaseException:
         return error
     why = "the disk is full or a quota is exceeded" if is_out_of_space(error) else error.strerror or str(error)
     next_step = "Free space, or choose" if is_out_of_space(error) else "Choose"
-    return StorageError(f"{target} was not written: {why}. {next_step} another place with --to, and try again.")
+    return StorageError(f"{target} was not written: {why}. {next_step} another place, and try again.")

@@ -1,7 +1,8 @@
-"""When to save, as a pure function of what has happened; effects live in the checkpointer."""
+"""When to save, as a pure function of what has happened, and what to keep; effects live in the checkpointer."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from typing import Any, Literal
 from dist_train.errors import ConfigError
 
 _UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_BYTE_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 def parse_seconds(duration: str | float) -> float:
@@ -21,9 +24,22 @@ def parse_seconds(duration: str | float) -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
+def parse_bytes(size: str | float) -> int:
+    """Bytes of `"18GB"` (10**9), `"2GiB"` (2**30), `"500 MB"` or a number of bytes."""
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size):
+        return int(size)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", str(size), re.IGNORECASE)
+    if match is None or match[2].lower() not in _BYTE_UNITS:
+        raise ConfigError(f"{size!r} is not a size; write for instance '18GB', '500MB', '2GiB' or 1000000 (bytes).")
+    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointPolicy:
-    """When to save and what to keep. Several triggers may be given; each one saves."""
+    """When to save and what to keep. Several triggers may be given; each one saves.
+
+    A checkpoint is kept for any one of the reasons below, or because it is pinned; `max_bytes` then takes some away.
+    """
 
     every_steps: int | None = None
     """Optimizer updates between saves."""
@@ -37,6 +53,16 @@ class CheckpointPolicy:
     """Newest checkpoints to keep; 1 is taken at its word, otherwise two verified ones always stay."""
     keep_best: int = 1
     """Checkpoints with the best monitored metric to keep besides; 0 keeps none for that reason."""
+    keep_every_epochs: int | None = None
+    """Keep what was saved after every k-th epoch for ever: 5 keeps epochs 5, 10, 15 ... It saves nothing itself."""
+    keep_every_steps: int | None = None
+    """Keep what was saved at multiples of this step for ever. It saves nothing itself."""
+    keep_optimizer: int | None = None
+    """Newest checkpoints that keep the state of optimizer and scheduler; older ones become weights-only, about a third
+    of the size: good for inference, and a resume from them starts the optimizer fresh. None keeps it in all."""
+    max_bytes: str | float | None = None
+    """Budget for the whole run directory, logs and abandoned checkpoints included, for instance "18GB"; room for the
+    next save is left within it. It never takes a pinned or best one, nor the last two that verify."""
     monitor: str | None = None
     """Name of the metric that decides what is best; None takes the first one given at an epoch's end."""
     mode: Literal["min", "max"] = "min"
@@ -45,11 +71,12 @@ class CheckpointPolicy:
     """Failed saves in a row that training survives; the next one stops it."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "every_epochs", "keep_last", "max_failed_saves"):
+        required = ("keep_last", "max_failed_saves")
+        optional = ("every_steps", "every_epochs", "keep_every_epochs", "keep_every_steps", "keep_optimizer")
+        for name in (*required, *optional):
             value = getattr(self, name)
-            optional = name in ("every_steps", "every_epochs")
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (optional and value is None):
+            if not whole and not (name in optional and value is None):
                 raise ConfigError(f"CheckpointPolicy.{name} is {value!r}; it must be a whole number of at least 1.")
         if not isinstance(self.keep_best, int) or self.keep_best < 0:
             raise ConfigError(f"CheckpointPolicy.keep_best is {self.keep_best!r}; it must be 0 or more.")
@@ -57,10 +84,35 @@ class CheckpointPolicy:
             raise ConfigError(f"CheckpointPolicy.mode is {self.mode!r}; it must be 'min' or 'max'.")
         if self.every is not None and parse_seconds(self.every) <= 0:
             raise ConfigError(f"CheckpointPolicy.every is {self.every!r}; it must be longer than nothing.")
+        if self.max_bytes is not None and parse_bytes(self.max_bytes) <= 0:
+            raise ConfigError(f"CheckpointPolicy.max_bytes is {self.max_bytes!r}; it must be more than nothing.")
 
     @property
     def every_seconds(self) -> float | None:
         return None if self.every is None else parse_seconds(self.every)
+
+    @property
+    def budget(self) -> int | None:
+        """`max_bytes` in bytes."""
+        return None if self.max_bytes is None else parse_bytes(self.max_bytes)
+
+    def settings_without_effect(self) -> list[str]:
+        """One sentence for each setting that does nothing, or less than it says, beside the others."""
+        told = []
+        for unit in ("epochs", "steps"):
+            kept, saved = getattr(self, f"keep_every_{unit}"), getattr(self, f"every_{unit}")
+            if kept and saved is None:
+                told.append(
+                    f"keep_every_{unit}={kept} keeps what was saved at those {unit}, but no every_{unit} saves there: "
+                    f"give every_{unit} too, or save there yourself."
+                )
+            elif kept and kept % saved:
+                common = math.lcm(kept, saved)
+                told.append(
+                    f"keep_every_{unit}={kept} keeps only {unit} {common}, {2 * common}, {3 * common} ..., since "
+                    f"every_{unit}={saved} saves at no other of its multiples: make it a multiple of {saved}."
+                )
+        return told
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -70,6 +70,11 @@ def newest_path(found: list[Found]) -> str | None:
     return _path(select_named(Selector("latest"), found))
 
 
+def best_or_latest(store: Store) -> str:
+    """The selector of what a person wants who says nothing: `best` where a metric is monitored, else `latest`."""
+    return "best" if best_path(find_checkpoints(store)) else "latest"
+
+
 def _path(one: Found | None) -> str | None:
     return one.path if one else None
 

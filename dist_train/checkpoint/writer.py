@@ -92,9 +92,22 @@ class Pruned:
     """A checkpoint was deleted by policy, after a newer commit."""
 
     path: str
+    reason: str = ""
+    num_bytes: int = 0
+    """Freed; 0 where nobody measured."""
 
 
-Event = Committed | SaveFailed | Pruned
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stripped:
+    """A checkpoint became weights-only by policy."""
+
+    path: str
+    reason: str = ""
+    num_bytes: int = 0
+    """Freed."""
+
+
+Event = Committed | SaveFailed | Pruned | Stripped
 
 
 class Writer:
@@ -292,8 +305,11 @@ def commit(store: Store, ownership: Ownership | None, job: SaveJob, receipts: li
     return manifest
 
 
-def discard(store: Store, path: str) -> bool:
+def discard(store: Store, path: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
     """Takes a folder out of the way first and removes it then; a kill in between leaves only trash.
+
+    Args:
+        unless: asked when the folder is out of the way; it is put back where this says so.
 
     Returns:
         Whether nothing is there under that name any more.
@@ -301,7 +317,10 @@ def discard(store: Store, path: str) -> bool:
     trash = f"{CHECKPOINTS}/{TRASH_PREFIX}{time.monotonic_ns()}-{path.rsplit('/', 1)[-1].lstrip('.')}"
     with contextlib.suppress(OSError):
         store.rename(path, trash)
-        store.remove_tree(trash)
+        if unless():
+            store.rename(trash, path)
+        else:
+            store.remove_tree(trash)
     return not store.exists(path)
 
 

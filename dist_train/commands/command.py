@@ -18,10 +18,12 @@ Json = Any
 
 
 class AddCommand(Protocol):
-    """Adds a command that takes RUN and --json; the parser that is returned takes its further options."""
+    """Adds a command that takes RUN (but for one that sets `run_dir` otherwise) and --json; the parser that is
+    returned takes its further options.
+    """
 
     def __call__(
-        self, name: str, command: Callable[[argparse.Namespace], int], purpose: str, /
+        self, name: str, command: Callable[[argparse.Namespace], int], purpose: str, /, *, on_a_run: bool = True
     ) -> argparse.ArgumentParser: ...
 
 

@@ -458,7 +458,7 @@ def test_progress_is_shown_on_a_terminal_only(trained: Path, call: Call, monkeyp
     monkeypatch.setattr("dist_train.console.METER_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     assert call("verify", trained)[0] == 0
-    assert "step-00000004  " in terminal.getvalue()
+    assert "step-00000004: " in terminal.getvalue()
     assert "/s" in terminal.getvalue()
     assert terminal.getvalue().endswith("\r"), "the live line is taken away"
 

@@ -33,6 +33,7 @@ LEVEL_OF_MODULE = {
     "checkpoint.retention": GROUND,
     "checkpoint.parents": GROUND,
     "tree": PARTS,
+    "tied": PARTS,
     "state": PARTS,
     "rng": PARTS,
     "order": PARTS,

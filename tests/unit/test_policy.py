@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.checkpoint.policy import CheckpointPolicy, Moment, parse_seconds, should_save
+from dist_train.checkpoint.policy import CheckpointPolicy, Moment, parse_bytes, parse_seconds, should_save
 from dist_train.errors import ConfigError
 
 STEPS = CheckpointPolicy(every_steps=10)
@@ -142,6 +142,12 @@ def test_what_is_no_duration_is_refused_by_name(text: Any) -> None:
         {"every": 0},
         {"every": "-3s"},
         {"every": "soon"},
+        {"keep_every_epochs": 0},
+        {"keep_every_steps": 1.5},
+        {"keep_optimizer": 0},
+        {"max_bytes": 0},
+        {"max_bytes": "much"},
+        {"max_bytes": True},
     ],
     ids=str,
 )
@@ -155,3 +161,50 @@ def test_settings_round_trip_and_unknown_ones_are_errors() -> None:
     assert CheckpointPolicy.from_json(policy.to_json()) == policy
     with pytest.raises(ConfigError, match="every_stepz"):
         CheckpointPolicy.from_json({"every_stepz": 5})
+
+
+def test_a_policy_that_was_recorded_before_a_setting_existed_is_read() -> None:
+    recorded = {"every_steps": 6, "every_epochs": 1, "every": None, "at_end": True, "keep_last": 9, "keep_best": 1}
+    recorded |= {"monitor": "val", "mode": "min", "max_failed_saves": 5}
+    policy = CheckpointPolicy.from_json(recorded)
+    assert (policy.keep_last, policy.keep_every_epochs, policy.keep_optimizer, policy.budget) == (9, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("18GB", 18 * 10**9),
+        ("500MB", 500 * 10**6),
+        ("500 mb", 500 * 10**6),
+        ("2GiB", 2 << 30),
+        ("1.5kB", 1500),
+        ("1TiB", 1 << 40),
+        ("7B", 7),
+        (1000000, 1000000),
+        (2.5e9, 2500000000),
+    ],
+)
+def test_sizes_are_read(text: str | float, count: int) -> None:
+    assert parse_bytes(text) == count
+    assert CheckpointPolicy(max_bytes=text).budget == count
+
+
+@pytest.mark.parametrize("text", ["", "18", "GB", "18G", "-1GB", "1e9B", "18GB!", "ib", True, None, float("nan")])
+def test_what_is_no_size_is_refused_by_name(text: Any) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"every_epochs": 1, "keep_every_epochs": 5}, None),
+        ({"every_steps": 500, "keep_every_steps": 1000, "every": "10min"}, None),
+        ({"every_steps": 500, "keep_every_epochs": 5}, "no every_epochs saves there"),
+        ({"every": "10min", "keep_every_steps": 1000}, "no every_steps saves there"),
+        ({"every_epochs": 2, "keep_every_epochs": 5}, "keeps only epochs 10, 20, 30"),
+    ],
+)
+def test_a_setting_without_effect_is_told_of(settings: dict[str, Any], told: str | None) -> None:
+    sentences = CheckpointPolicy(**settings).settings_without_effect()
+    assert [told in one for one in sentences] == ([True] if told else []), sentences

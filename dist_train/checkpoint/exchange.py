@@ -1,0 +1,263 @@
+"""Checkpoints in the forms of others: export to .pth and safetensors, import from what people have.
+
+    export    a run's checkpoint, verified -> a .pth dictionary | a .safetensors file | Hugging Face's folder
+    import    `foreign` (whose files are they?) -> `adoption` (a new run with one committed checkpoint)
+
+Invariant: the one module that calls `torch.save` and `torch.load`; what is loaded is never executed: weights_only, with
+numpy's plain numbers and arrays besides. An export appears whole or not at all, and changes nothing in the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal, cast
+
+import numpy as np
+import torch
+from torch.serialization import safe_globals
+
+from dist_train.checkpoint.adoption import Adopted, adopt
+from dist_train.checkpoint.dictionary import build_dictionary, list_left_out
+from dist_train.checkpoint.foreign import ImportOptions, read_foreign
+from dist_train.checkpoint.inference import files_for_inference, find_checkpoint, list_all_files, open_whole
+from dist_train.checkpoint.manifest import Manifest
+from dist_train.checkpoint.outbox import new_file, new_folder, require_new
+from dist_train.checkpoint.reader import CheckpointReader
+from dist_train.checkpoint.selection import best_or_latest, open_run
+from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.weight_files import tied_keys, weight_parts, write_shards, write_weights
+from dist_train.console import ByteMeter
+from dist_train.errors import ConfigError, CorruptCheckpointError
+
+Format = Literal["pth", "safetensors", "hf"]
+FORMATS = ("pth", "safetensors", "hf")
+SHARD_BYTES = 5_000_000_000
+"""Hugging Face's own default."""
+_HEADER_BYTES = 1 << 20
+_REFUSED = re.compile(r"(?:GLOBAL|Unsupported (?:global|class|operand)[^`]*?)\s*`?([\w.]+\.\w+)`?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What an export wrote."""
+
+    path: str
+    format: str
+    checkpoint: str
+    """The folder it was made of."""
+    num_bytes: int
+    num_files: int
+    global_step: int
+    epochs_completed: int
+    left_out: list[str]
+    """What the form has no place for."""
+
+
+def export_checkpoint(
+    run_dir: str,
+    which: str | None = None,
+    to: str | None = None,
+    *,
+    form: Format = "pth",
+    max_shard_bytes: int = SHARD_BYTES,
+    weights_only: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Writes one checkpoint of a run for other programs; its digests are verified first.
+
+    `safetensors` and `hf` need the memory of one tensor. For `pth`, torch.save wants all tensors at once: they are
+    mapped from the checkpoint's files, so that the memory they take is the page cache's; tensors that are sharded or
+    not row-major are copied.
+
+    Args:
+        which: `latest`, `best`, `epoch:15`, `step:1200` or a path; None is the best if there is one, else the latest.
+        to: the file to be written, for `hf` the folder; a file of a directory that exists gets the name that None
+            gives it in the working directory: the run's and the checkpoint's.
+        max_shard_bytes: for `hf`, the most bytes of one file (a larger tensor has one of its own).
+        weights_only: for `pth`, leave the optimizer's, scheduler's and scaler's state out.
+        force: replace what is there.
+
+    Raises:
+        ConfigError: the target is there already, or an argument is wrong.
+        NoCheckpointError, CorruptCheckpointError: the checkpoint cannot be had.
+        StorageError: the target cannot be written; nothing is left of it.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"{form!r} is no format of an export; give {', '.join(FORMATS)}.")
+    if max_shard_bytes < 1:
+        raise ConfigError(f"A shard of {max_shard_bytes} bytes holds nothing; give at least 1 byte (5GB is usual).")
+    whole = form == "pth" and not weights_only
+    store = open_run(run_dir)
+    named = which or best_or_latest(store)
+    target = _target(store, named, to, form)
+    require_new(target, force=force, is_folder=form == "hf")
+    opened = open_whole(lambda: find_checkpoint(run_dir, named), list_all_files if whole else files_for_inference)
+    manifest, reader = opened.manifest, opened.reader
+    size = sum(manifest.files[name].size for name in (manifest.files if whole else files_for_inference(manifest)))
+    meter = ByteMeter(size, sys.stderr, name=f"export {target}")
+    try:
+        if form == "pth":
+            count, written = 1, _write_pth(manifest, reader, target, size, weights_only, force, meter)
+        else:
+            limit = None if form == "safetensors" else max_shard_bytes
+            count, written = _write_safetensors(manifest, reader, target, limit, force, meter)
+    finally:
+        meter.pause()
+        reader.close()
+    return Exported(
+        path=target,
+        format=form,
+        checkpoint=opened.path,
+        num_bytes=written,
+        num_files=count,
+        global_step=manifest.progress.global_step,
+        epochs_completed=manifest.progress.epochs_completed,
+        left_out=list_left_out(manifest) if whole else ["the state of the optimizer, scheduler and scaler"],
+    )
+
+
+def import_checkpoint(source: str, run_dir: str, **options: Any) -> Adopted:
+    """Makes a new run with one committed checkpoint of what another program has saved; no code of it is executed.
+
+    Args:
+        source: a .pth, .pt, .ckpt or .bin file of `torch.save` (Lightning's too), a .safetensors file, or a folder of
+            Accelerate's `save_state`, of transformers' Trainer or of Hugging Face's `save_pretrained`.
+        run_dir: the new run's directory; continue it with the same model.
+        options: the fields of `ImportOptions`.
+
+    Raises:
+        ConfigError: the run directory holds checkpoints already, or an option does not fit the source.
+        CorruptCheckpointError: the source is damaged, or it is no such file.
+        UnsaveableStateError: it holds what tensors and JSON cannot hold.
+        StorageError: the run directory cannot be written.
+    """
+    foreign = read_foreign(source, ImportOptions(**options), load_dictionary)
+    return adopt(foreign, source, run_dir)
+
+
+def load_dictionary(path: str) -> Any:
+    """What `torch.save` wrote, its tensors mapped from the file where its form allows it.
+
+    Raises:
+        CorruptCheckpointError: no such file or a damaged one, or one that wants code to be run.
+    """
+    try:
+        with safe_globals(_plain_numpy()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # the form of torch before 1.6
+    except Exception as error:  # pickle's, zip's and torch's own kinds, which have no common base
+        if isinstance(error, OSError) and error.filename:  # of opening it; torch has nameless ones for damaged files
+            raise
+        raise CorruptCheckpointError(_why_not_loaded(path, error), path) from error
+
+
+def _plain_numpy() -> list[Any]:
+    """Makers of plain values that a metric or a list of arguments often is: they hold data and run nothing."""
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]
+    made = [
+        (function, f"numpy.{room}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for function in [getattr(multiarray, name)]
+        for room in ("core", "_core")
+    ]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFD"}
+    return [*made, np.dtype, np.ndarray, *kinds, argparse.Namespace]
+
+
+def _why_not_loaded(path: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "weights_only" not in text and "Weights only" not in text:
+        why = text.split(". ")[0] or type(error).__name__
+        return f"{path} cannot be read as a file of torch.save ({why}). It is damaged, cut short or of another kind."
+    match = _REFUSED.search(text)
+    what = f"{match[1]}, which is code of a library or script" if match else "something that is not plain data"
+    return (
+        f"{path} was not loaded: it wants {what}, and loading that would run it; nothing was executed. If you trust "
+        f"the file, make plain data of it where it can be loaded, and import that: "
+        f"`c = torch.load({path!r}, weights_only=False)` and then "
+        f"`torch.save({{k: c[k] for k in ('model_state_dict', 'optimizer_state_dict', 'epoch') if k in c}}, "
+        f"'plain.pth')`, with the keys that you find in c (for Lightning: state_dict, optimizer_states, lr_schedulers, "
+        f"epoch, global_step)."
+    )
+
+
+def _target(store: Store, which: str, to: str | None, form: str) -> str:
+    """`ultra-best.pth` or `ultra-epoch-15`, in the working directory or the one that was given."""
+    of_run = os.path.basename(store.root)
+    of_checkpoint = os.path.basename(which.rstrip("/")).replace(":", "-")
+    name = f"{of_run}-{of_checkpoint}" + ("" if form == "hf" else f".{form}")
+    if to is None:
+        return name
+    is_place = form != "hf" and (os.path.isdir(to) or to.endswith("/"))
+    return os.path.join(to, name) if is_place else to
+
+
+def _write_pth(
+    manifest: Manifest,
+    reader: CheckpointReader,
+    to: str,
+    size: int,
+    weights_only: bool,
+    force: bool,
+    meter: ByteMeter,
+) -> int:
+    with new_file(to, needed_bytes=size, force=force) as file:
+        sink = _Sink(file, meter.add)
+        torch.save(build_dictionary(manifest, reader, weights_only=weights_only), cast(Any, sink))
+        sink.require_written()
+        return file.tell()
+
+
+def _write_safetensors(
+    manifest: Manifest, reader: CheckpointReader, to: str, max_shard_bytes: int | None, force: bool, meter: ByteMeter
+) -> tuple[int, int]:
+    """(files, bytes)."""
+    parts = weight_parts(manifest, reader)
+    if not parts:
+        raise ConfigError(f"{to} was not written: the checkpoint holds no model.")
+    needed = sum(part.num_bytes for part in parts) + _HEADER_BYTES
+    if max_shard_bytes is None:
+        with new_file(to, needed_bytes=needed, force=force) as file:
+            write_weights(file, parts, reader, meter.add, tied_keys(manifest))
+            return 1, file.tell()
+    with new_folder(to, needed_bytes=needed, force=force) as folder:
+        count = write_shards(folder, parts, reader, max_shard_bytes, meter.add)
+        return count, folder.tree_bytes()
+
+
+class _Sink:
+    """A file for torch.save, which hides why a write failed: the error is kept, the rest swallowed."""
+
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None]) -> None:
+        self._file = file
+        self._on_bytes = on_bytes
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        count = memoryview(data).nbytes
+        if self._error is None:
+            try:
+                self._file.write(data)
+                self._on_bytes(count)
+            except OSError as error:
+                self._error = error
+        return count
+
+    def flush(self) -> None:
+        """At the end of the block that opened the file."""
+
+    def require_written(self) -> None:
+        """Raises the first error of a write."""
+        if self._error is not None:
+            raise self._error
