@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 from dist_train.agreement import Agreed, Agreement
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
+from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
-from dist_train.checkpoint.writer import Event
+from dist_train.checkpoint.writer import Committed, Event
 from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
@@ -31,6 +32,7 @@ class Boundary:
     Args:
         snapshot: what to save now, given the reason; collective.
         max_steps: stop as done after this many optimizer updates.
+        on_commit: told of each durable checkpoint by its path and manifest; on the main rank.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Boundary:
         *,
         snapshot: Snapshot,
         max_steps: int | None,
+        on_commit: Callable[[str, Manifest], None],
     ) -> None:
         self.stop: StopReason | None = None
         """Agreed by all ranks."""
@@ -57,6 +60,7 @@ class Boundary:
         self._reporter = reporter
         self._snapshot = snapshot
         self._max_steps = max_steps
+        self._on_commit = on_commit
         self._agreement = Agreement(world)
         self._save_requested = self._wait_requested = False
         self._committed_step = -1
@@ -147,11 +151,14 @@ class Boundary:
             f"again."
         )
 
-    def report(self, events: list[Event]) -> None:
-        """Tells people what the writer has done."""
+    def report(self, events: list[Event], *, after_error: bool = False) -> None:
+        """Tells people what the writer has done, and callbacks of commits unless an error ends the run."""
         keeper = self._checkpointer
         counts = {"failures": keeper.failures, "most_failures": self._policy.max_failed_saves}
         self._reporter.report(events, newest=keeper.committed_step, **counts)
+        for event in events:
+            if isinstance(event, Committed) and not after_error:
+                self._on_commit(keeper.store.shown(event.path), event.manifest)
 
     def _exchange(self, *, force: bool) -> Agreed:
         due = self._agreement.is_due()
