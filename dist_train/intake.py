@@ -110,6 +110,11 @@ class Intake:
         # Without a training loader nobody but the loop knows when an epoch is over: at the body's end.
         self.epoch_is_complete = self.loader is None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the training loader has given its last batch of this epoch."""
+        return self.loader is not None and self.epoch_is_complete
+
     def end_epoch(self) -> None:
         self.epoch_is_complete = False
         if self._user is not None:

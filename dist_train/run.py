@@ -292,7 +292,7 @@ class Run:
                 yield self.epoch
             finally:
                 self._in_epoch = False
-            if self._progress.now == before and before.evaluation != "pending" and not self.should_stop:
+            if self._progress.now == before and not (self._intake.has_ended or self.should_stop):
                 raise ConfigError(
                     f"Epoch {self.epoch + 1} trained nothing: iterate `run.batches(loader)` over the training loader "
                     f"that the Run was given, and call run.step() once a batch."

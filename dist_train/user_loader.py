@@ -55,6 +55,7 @@ class UserLoader:
             self.way = "restart"
         self._epoch_start: Json = None
         self._restored: Json = None
+        self._iterator: Iterator[Any] = iter(())
 
     @property
     def num_batches(self) -> int | None:
@@ -88,8 +89,12 @@ class UserLoader:
         Raises:
             UnsaveableStateError: the state is no plain value, or too large.
         """
-        found: dict[str, Json] = {"way": self.way, "batches": self.batches, "exhausted": self.is_exhausted}
-        found["generators"] = self._generator_states()
+        found: dict[str, Json] = {
+            "way": self.way,
+            "batches": self.batches,
+            "exhausted": self.is_exhausted or self._has_ended(),
+        }
+        found |= self._loader_state()
         if self.way == "replay" and self.batches:
             found["epoch_start"] = self._epoch_start
         if self._holder is not None:
@@ -117,7 +122,7 @@ class UserLoader:
         self._restored = captured
 
     def end_epoch(self) -> None:
-        self.batches, self.is_exhausted = 0, False
+        self.batches, self.is_exhausted, self._iterator = 0, False, iter(())
 
     def iterate(self, *, is_complete: bool) -> Iterator[Any]:
         """The rest of the epoch, none where it is complete. The iterator is made, and the place found, at once."""
@@ -131,19 +136,24 @@ class UserLoader:
         elif in_epoch and self.way == "replay" and not is_complete:
             return self._replay(restored["epoch_start"])
         if restored is not None:
-            self._set_generators(restored["generators"])
+            self._set_loader_state(restored)
         if is_complete:
             self.is_exhausted = True
             return iter(())
-        self._epoch_start = {"rng": capture_rng(), "generators": self._generator_states()}
-        iterator: Iterator[Any] = iter(self.loader)
-        return iterator
+        self._epoch_start = {"rng": capture_rng(), **self._loader_state()}
+        self._iterator = iter(self.loader)
+        return self._iterator
+
+    def _has_ended(self) -> bool:
+        """Whether an iterable dataset ended with the last batch, a short one: its state is the next epoch's already."""
+        fetcher = getattr(self._iterator, "_dataset_fetcher", None) if self._holder is not self.loader else None
+        return bool(getattr(fetcher, "ended", False))
 
     def _replay(self, epoch_start: Json) -> Iterator[Any]:
         started = time.monotonic()
         self._epoch_start = epoch_start
         restore_rng(epoch_start["rng"])
-        self._set_generators(epoch_start["generators"])
+        self._set_loader_state(epoch_start)
         iterator: Iterator[Any] = iter(self.loader)
         for done in range(self.batches):
             self._show(done, self.batches)
@@ -179,13 +189,22 @@ class UserLoader:
                 found[path] = generator
         return found
 
-    def _generator_states(self) -> Json:
-        return {path: encode_whole(one.get_state(), path) for path, one in self._generators().items()}
+    def _loader_state(self) -> dict[str, Json]:
+        """What the loader itself keeps from epoch to epoch: its generators, and whether workers are alive."""
+        keeps = getattr(self.loader, "persistent_workers", False) and self.loader is not self._holder
+        return {
+            "generators": {path: encode_whole(one.get_state(), path) for path, one in self._generators().items()},
+            "workers": bool(keeps and getattr(self.loader, "_iterator", None) is not None),
+        }
 
-    def _set_generators(self, states: Json) -> None:
+    def _set_loader_state(self, state: Json) -> None:
+        if state["workers"] and getattr(self.loader, "_iterator", None) is None:
+            before = capture_rng()  # their start draws a seed, which the killed run had drawn epochs ago
+            iter(self.loader)
+            restore_rng(before)
         for path, generator in self._generators().items():
-            if path in states:
-                generator.set_state(decode_whole(states[path]))
+            if path in state["generators"]:
+                generator.set_state(decode_whole(state["generators"][path]))
 
 
 def _state_holder(loader: Any) -> Any | None:
