@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dist_train.callbacks import Callback
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
@@ -121,6 +122,7 @@ class Trainer:
         scheduler: stepped once an optimizer update; ReduceLROnPlateau once an epoch, by the monitored metric.
         metrics: by name, for instance `{"val_smape": SMAPE()}`; `val_loss` is always measured.
         collate_fn: makes a batch of samples; torch's default otherwise.
+        callbacks: by event, a function or several: `{"committed": offer_download}`; see `dist_train.callbacks`.
     """
 
     def __init__(
@@ -135,11 +137,13 @@ class Trainer:
         scheduler: Any | None = None,
         metrics: Mapping[str, Metric] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        callbacks: Mapping[str, Callback | Sequence[Callback]] | None = None,
     ) -> None:
         self.config = config
         self.loss = loss
         self.metrics = dict(metrics or {})
         self.scheduler = scheduler
+        self.callbacks = dict(callbacks or {})
         if self.metrics and eval_data is None:
             raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
         if "val_loss" in self.metrics:
@@ -174,6 +178,7 @@ class Trainer:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
         with self._run() as run:
             self._start_tracker(run)
+            self._add_callbacks(run)
             for _ in run.epochs(self.config.epochs):
                 self.model.train()
                 for batch in run.batches(self.train_loader):
@@ -268,6 +273,11 @@ class Trainer:
                 config=asdict(config),
             ),
         )
+
+    def _add_callbacks(self, run: Run) -> None:
+        for event, given in self.callbacks.items():
+            for callback in given if isinstance(given, Sequence) else [given]:
+                run.on(event, callback)
 
     def _start_tracker(self, run: Run) -> None:
         """One tracker run over all attempts: what was recorded after the checkpoint is cut off."""
