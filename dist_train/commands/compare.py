@@ -68,13 +68,12 @@ def _compare(sides: Sequence[Side], *, weights_only: bool) -> tuple[dict[str, Js
     manifests = (sides[0][2], sides[1][2])
     files = [files_for_inference(one) if weights_only else sorted(one.files) for one in manifests]
     sizes = [one.files[name].size for one, names in zip(manifests, files, strict=True) for name in names]
-    meter = ByteMeter(2 * sum(sizes), sys.stderr)  # verified, then compared
+    meter = ByteMeter(sum(sizes), sys.stderr, name="compare")
     readers: list[CheckpointReader] = []
     try:
         for (store, path, manifest), names in zip(sides, files, strict=True):
-            require_whole(store, path, manifest, names, meter)
+            require_whole(store, path, manifest, names)
             readers.append(CheckpointReader(store, path, manifest))
-        meter.name = "compare"
         found = compare_tensors(readers[0], readers[1], manifests, meter.add, weights_only=weights_only)
         differences = list(found)
     finally:
