@@ -129,6 +129,7 @@ class Run:
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._opened: Opened | None = None
+        self._told = differences.Differences()
         self._rng: Json = None
         self._stop: StopReason | None = None
         self._save_requested = self._wait_requested = False
@@ -272,7 +273,9 @@ class Run:
         assert self._opened is not None
         manifest, reader = self._opened.manifest, self._opened.reader
         try:
-            changes = self._live.restore(manifest.state, manifest.settings, reader, manifest.absent)
+            self._told = self._live.restore(
+                manifest.state, manifest.settings, reader, manifest.absent, manifest.progress.global_step
+            )
         except StateMismatchError as error:
             raise StateMismatchError(
                 f"{self._opened.path} does not fit the objects of this script: {error}. Nothing was changed. Build the "
@@ -286,7 +289,6 @@ class Run:
         self._last_saved_step = self.global_step if self._opened.origin is self._store else -1
         if changed := differences.warn_of_environment(manifest.environment, self._environment):
             self._reporter.events.write("environment_changed", differences=changed)
-        self._reporter.resumed(self._opened.path, manifest, changes)
         self._reporter.problems(self._checkpointer.problems)
 
     def _start_fresh(self) -> None:
@@ -302,9 +304,14 @@ class Run:
             return
         manifest = self._opened.manifest
         differences.warn_of_unregistered(self._opened.path, manifest.state, self._live.registered)
-        then = manifest.settings.get("config", {}).get("data", {})
-        in_mid_epoch = self._progress.now.samples_into_epoch > 0
-        self._reporter.changed(differences.compare_data(then, describe_sampler(self._loader), in_mid_epoch))
+        then, today = manifest.settings.get("config", {}), self._settings()["config"]
+        changes = differences.compare_config(then, today, (manifest.world_size, self.world.world_size))
+        differences.warn_of_other_order(changes, self._progress.now.samples_into_epoch > 0)
+        self._told.changes |= changes
+        if sampler := training_sampler(self._loader):
+            self._told.notes += self._progress.fit_into(sampler.num_samples)
+        self._reporter.where_from(self._opened.path, self._progress.now, self._progress.best)
+        self._reporter.resumed(self._opened.path, manifest, self._told)
 
     def register(self, name: str, one: Stateful) -> None:
         """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
@@ -427,7 +434,6 @@ class Run:
         self._begun = True
         self._say_what_is_not_exact()
         if self._opened is not None:
-            self._reporter.where_from(self._opened.path, self._progress.now, self._progress.best)
             self._opened.reader.close()
         if self._progress.patience_is_over:
             self._stop = StopReason.EARLY_STOPPED
@@ -520,6 +526,7 @@ class Run:
             "policy": self._policy.to_json(),
             "user": self._config,
             "data": describe_sampler(self._loader),
+            "epochs": self._reporter.epochs,
         }
         return {**self._live.settings, "config": config}
 
