@@ -363,7 +363,7 @@ class Checkpointer:
             self.policy,
             run_id=self.run_id,
             verified=self._verified,
-            protected=self._protected,
+            protected=self._protected | self._restorer.left_in_place,
             monitor=self._monitor,
         )
         self._protected = set()  # once something newer is durable, the origin of this attempt is like any other
