@@ -47,6 +47,7 @@ class Beginning:
         self._progress = progress
         self._reporter = reporter
         self._rng: Json = None
+        self._told = differences.Differences()
 
     @property
     def resumed_from(self) -> str | None:
@@ -91,7 +92,8 @@ class Beginning:
     def _restore(self, opened: Opened, environment: dict[str, Json]) -> None:
         manifest = opened.manifest
         try:
-            changes = self._live.restore(manifest.state, manifest.settings, opened.reader, manifest.absent)
+            step = manifest.progress.global_step
+            self._told = self._live.restore(manifest.state, manifest.settings, opened.reader, manifest.absent, step)
         except StateMismatchError as error:
             raise StateMismatchError(
                 f"{opened.path} does not fit the objects of this script: {error}. Nothing was changed. Build the "
@@ -103,27 +105,30 @@ class Beginning:
         self._rng = self._progress.restore(opened, self._checkpointer.attempt)
         if changed := differences.warn_of_environment(manifest.environment, environment):
             self._reporter.events.write("environment_changed", differences=changed)
-        self._reporter.resumed(opened.path, manifest, changes)
 
     def register(self, name: str) -> None:
         """The checkpoint's part of an object that was registered after the rest was restored."""
         if self.opened is not None:
             self._live.restore_registered(name, self.opened.manifest.state, self.opened.reader)
 
-    def begin(self, data: Mapping[str, Json]) -> None:
+    def begin(self, config: Mapping[str, Json]) -> None:
         """Before the first epoch: everything is registered; what is not as it was is told, the files are let go.
 
         Args:
-            data: what decides the order of samples now.
+            config: the run's settings now, as manifests record them.
         """
         if self.opened is None:
             return
-        manifest = self.opened.manifest
+        manifest, told = self.opened.manifest, self._told
         differences.warn_of_unregistered(self.opened.path, manifest.state, self._live.registered)
-        then = manifest.settings.get("config", {}).get("data", {})
         in_mid_epoch = self._progress.now.samples_into_epoch > 0
-        self._reporter.changed(differences.compare_data(then, data, in_mid_epoch))
+        then, sizes = manifest.settings.get("config", {}), (manifest.world_size, self._world.world_size)
+        told.changes |= differences.compare_config(then, config, sizes, in_mid_epoch)
+        differences.warn_of_other_order(told.changes, in_mid_epoch)
+        if "num_samples" in config["data"] and "order" not in config["data"]:
+            told.notes += self._progress.fit_into(config["data"]["num_samples"])
         self._reporter.where_from(self.opened.path, self._progress.now, self._progress.best)
+        self._reporter.resumed(self.opened.path, manifest, told)
         self.opened.reader.close()
 
     def restore_rng(self, *, for_good: bool) -> None:

@@ -6,7 +6,8 @@ Invariant: a difference is a warning and never an error; what is an error is ref
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +17,29 @@ from dist_train.environment import compare_environments, inexact_reasons
 logger = logging.getLogger(__name__)
 Json = Any
 _ORDER = frozenset({"num_samples", "seed", "shuffle", "order"})
+_TOLD_ELSEWHERE = frozenset({"run_dir", "resume", "search", "checkpoint", "epochs"})
+"""Of the Trainer's settings: where it trains, and what is compared by itself."""
+_ABSENT = {
+    "optimizer": "no optimizer state: it starts fresh",
+    "scheduler": "no scheduler state: it starts fresh",
+    "scaler": "no scaler state: it starts fresh",
+    "rng": "no state of the random generators: they are left as this process has seeded them",
+    "user": "no registered objects: they start fresh",
+}
+
+
+@dataclass(slots=True)
+class Differences:
+    """What a resume makes otherwise than the run that saved."""
+
+    changes: dict[str, tuple[Json, Json]] = field(default_factory=dict)
+    """Setting -> (then, today); None where there was or is none."""
+    notes: list[str] = field(default_factory=list)
+    """What else people should know, one sentence each."""
+
+    def tell_absent(self, kinds: Iterable[str]) -> None:
+        """Kinds of state that the checkpoint was made without, and something here would have."""
+        self.notes += [f"The checkpoint has {_ABSENT.get(kind, f'no {kind} state')}." for kind in kinds]
 
 
 def warn_of_inexact_device(device: torch.device) -> None:
@@ -68,21 +92,51 @@ def warn_of_unregistered(path: str, state: Mapping[str, Json], registered: Colle
         )
 
 
-def compare_data(
-    then: Mapping[str, Json], today: Mapping[str, Json], in_mid_epoch: bool
+def compare_config(
+    then: Mapping[str, Json], today: Mapping[str, Json], world_sizes: tuple[int, int], in_mid_epoch: bool
 ) -> dict[str, tuple[Json, Json]]:
-    """Settings of the data that have changed: name -> (then, today); another order in mid-epoch is warned of."""
-    changed = {key: (then[key], today[key]) for key in today if key in then and then[key] != today[key]}
-    changed.pop("order", None)
-    if in_mid_epoch and today and (order := _compare_orders(then.get("order"), today.get("order"))):
-        changed["order"] = order
-    if in_mid_epoch and changed.keys() & _ORDER:
-        logger.warning("The order of samples has changed in mid-epoch: this epoch mixes two orders.")
-    return {f"data.{key}": pair for key, pair in changed.items()}
+    """Settings other than the optimizer's and scheduler's that have changed: data, epochs, policy, the user's own.
+
+    Args:
+        then: `settings["config"]` of the checkpoint.
+        today: the same of this script.
+        world_sizes: then and now; the accumulation follows from it.
+        in_mid_epoch: whether the order of an epoch in progress counts.
+    """
+    orders = [config.get("data", {}).get("order") for config in (then, today)]
+    user, mine = then.get("user", {}), today.get("user", {})
+    told_elsewhere = today.get("data", {}).keys() | _TOLD_ELSEWHERE
+    before, now = then.get("epochs", user.get("epochs")), today.get("epochs")
+    return {
+        **_compare(_with_accumulation(then, world_sizes[0]), _with_accumulation(today, world_sizes[1]), "data."),
+        **(_compare_orders(*orders) if in_mid_epoch and today.get("data") else {}),
+        **({"epochs": (before, now)} if before != now and None not in (before, now) else {}),
+        **_compare(then.get("policy", {}), today.get("policy", {}), "policy."),
+        **_compare(user, {key: mine[key] for key in mine if key not in told_elsewhere}, "config."),
+    }
 
 
-def _compare_orders(then: Json, today: Json) -> tuple[Json, Json] | None:
-    """Of one epoch; None where they are the same."""
+def _compare_orders(then: Json, today: Json) -> dict[str, tuple[Json, Json]]:
+    """The user's own order of one epoch, by its digest."""
     if then == today:
-        return None
-    return tuple("built-in" if one is None else one["digest"][:8] for one in (then, today))  # type: ignore[return-value]
+        return {}
+    then_text, today_text = ("built-in" if one is None else one["digest"][:8] for one in (then, today))
+    return {"data.order": (then_text, today_text)}
+
+
+def _with_accumulation(config: Mapping[str, Json], world_size: int) -> dict[str, Json]:
+    data = {key: value for key, value in config.get("data", {}).items() if key != "order"}
+    if not {"global_batch_size", "micro_batch_size"} <= data.keys():
+        return data
+    steps = -(-data["global_batch_size"] // (data["micro_batch_size"] * world_size))
+    return {**data, "accumulation_steps": steps}
+
+
+def _compare(then: Mapping[str, Json], today: Mapping[str, Json], prefix: str) -> dict[str, tuple[Json, Json]]:
+    return {f"{prefix}{key}": (then[key], today[key]) for key in today if key in then and then[key] != today[key]}
+
+
+def warn_of_other_order(changes: Collection[str], in_mid_epoch: bool) -> None:
+    """Another order of samples inside of an epoch."""
+    if in_mid_epoch and any(f"data.{key}" in changes for key in _ORDER):
+        logger.warning("The order of samples has changed in mid-epoch: this epoch mixes two orders.")

@@ -59,12 +59,14 @@ class RunProgress:
         self._log.start(attempt, None, 0)
 
     def restore(self, opened: Opened, attempt: int) -> Json:
-        """Takes over what a checkpoint says; returns this rank's RNG state, None where an import had none."""
+        """Takes over what a checkpoint says; returns this rank's RNG state, None where the checkpoint has none."""
         manifest = opened.manifest
         self.now = manifest.progress
         self.best, self.metrics, self.train_loss = manifest.best, dict(manifest.metrics), manifest.train_loss
         self._continue_history(opened, attempt)
         rows = manifest.rank_state
+        if not rows or "rng" in manifest.absent:  # imported: there were no ranks
+            return None
         meters = [[float.fromhex(text) for text in row["loss"]] for row in rows]
         if len(rows) == self._world.world_size:
             self.meter.load(meters[self._world.rank])
@@ -78,6 +80,17 @@ class RunProgress:
         if self._world.is_main:
             self.meter.load([math.fsum(column) for column in zip(*meters, strict=True)])
         return rows[min(self._world.rank, len(rows) - 1)].get("rng")
+
+    def fit_into(self, num_samples: int) -> list[str]:
+        """Ends the epoch in progress where the data has become shorter than the position in it; returns what to say."""
+        consumed = self.now.samples_into_epoch
+        if consumed <= num_samples:
+            return []
+        self.now = replace(self.now, samples_into_epoch=num_samples)
+        return [
+            f"{consumed} samples of epoch {self.now.epoch + 1} were used, and the data has {num_samples} now: that "
+            f"epoch counts as complete."
+        ]
 
     def count_update(self, micro: MicroBatch, *, skipped: bool) -> None:
         """One window is consumed; its update counts unless the GradScaler left it out."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,11 +17,15 @@ from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped
 from dist_train.console import Console, EventLog, bytes_text, metric_label, metric_text
+from dist_train.differences import Differences
 from dist_train.health.deadline import Deadline
+from dist_train.tree import shown
 
 logger = logging.getLogger(__name__)
 Json = Any
 LIVE_SECONDS = 0.25
+_GROUP = re.compile(r"\[(\d+)\]")
+"""The number of a parameter group in a setting's name."""
 
 
 class Reporter:
@@ -63,17 +68,19 @@ class Reporter:
             else:
                 self._report_failure(event, failures, most_failures, newest)
 
-    def resumed(self, path: str, manifest: Manifest, changes: Mapping[str, tuple[Json, Json]]) -> None:
+    def resumed(self, path: str, manifest: Manifest, told: Differences) -> None:
+        """What this attempt continues, and a table of what the user writes now and the checkpoint had otherwise."""
         step = manifest.progress.global_step
-        self.events.write("resumed", path=path, global_step=step, digest=manifest.digest, changes=changes)
-        self.changed(changes)
-
-    def changed(self, changes: Mapping[str, tuple[Json, Json]]) -> None:
-        """A table of what the user writes now and the checkpoint had otherwise."""
+        changes = {setting: (shown(then), shown(today)) for setting, (then, today) in told.changes.items()}
+        self.events.write(
+            "resumed", path=path, global_step=step, digest=manifest.digest, changes=changes, notes=told.notes
+        )
         if changes:
             self.console.say("Settings changed since the checkpoint:")
-        for place, (then, today) in changes.items():
-            self.console.say(f"  {place}: {_short(then)} -> {_short(today)}")
+        for line in _table(changes):
+            self.console.say(line)
+        for note in told.notes:
+            self.console.say(note)
 
     def problems(self, problems: Sequence[str]) -> None:
         """Checkpoints that could not be used."""
@@ -193,6 +200,20 @@ class Reporter:
         )
 
 
+def _table(changes: Mapping[str, tuple[Json, Json]]) -> list[str]:
+    """Aligned columns; parameter groups with equal changes share a line."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for setting, (then, today) in changes.items():
+        group = _GROUP.search(setting)
+        name = setting.replace(group[0], "[*]") if group else setting
+        rows.setdefault((name, _short(then), _short(today)), []).append(group[1] if group else "")
+    lines = [("setting", "was", "now")]
+    for (name, then_text, today_text), groups in rows.items():
+        lines.append((name.replace("[*]", f"[{', '.join(groups)}]"), then_text, today_text))
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    return [f"  {name:<{widths[0]}}  {then:<{widths[1]}}  {today}".rstrip() for name, then, today in lines if changes]
+
+
 def _short(value: Json) -> str:
-    text = json.dumps(value, default=str)
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

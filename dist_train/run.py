@@ -382,7 +382,7 @@ class Run:
             return
         self._begun = True
         self._intake.warn()
-        self._beginning.begin(self._intake.describe())
+        self._beginning.begin(self._settings()["config"])
         if self._progress.patience_is_over:
             self._boundary.stop = StopReason.EARLY_STOPPED
         elif self._boundary.reached_max_steps and self._progress.now.evaluation != "pending":
@@ -436,6 +436,7 @@ class Run:
             "policy": self._policy.to_json(),
             "user": self._config,
             "data": self._intake.describe(),
+            "epochs": self._reporter.epochs,
         }
         return {**self._live.settings, "config": config}
 

@@ -15,12 +15,26 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dist_train.differences import Differences
 from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.optimizer_state import (
+    CPU,
+    TensorSource,
+    capture_optimizer,
+    compare_groups,
+    innermost_optimizer,
+    restore_optimizer,
+)
+from dist_train.optimizer_state import positional_name as positional_name
+from dist_train.rates import ScheduledOptimizer
 from dist_train.rng import capture_rng
+from dist_train.schedule import Saved, compare_schedulers, group_settings, merge_scheduler, scheduler_settings
 from dist_train.tied import compare_copies, group_tied, storage_key
-from dist_train.tree import decode, encode, merge_settings
+from dist_train.tree import decode, encode
 
 Json = Any
+_ACCELERATED = "AcceleratedOptimizer"
+"""Accelerate's wrapper, by which the class was recorded once: nothing is known then."""
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
 
@@ -29,15 +43,6 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state_dict: Any) -> Any: ...
-
-
-class TensorSource(Protocol):
-    """Where `restore` takes tensors from: a verified checkpoint."""
-
-    def names(self, prefix: str) -> list[str]: ...
-    def fill(self, name: str, target: torch.Tensor) -> None: ...
-    def create(self, name: str, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor: ...
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,7 +92,7 @@ class LiveState:
         names = self._parameter_names()
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
-            capture.state[place] = _capture_optimizer(optimizer, place, names, capture.tensors)
+            capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
         for place, one in self._plain_objects():
             capture.state[place] = encode(one.state_dict(), place, capture.tensors)
         self._tie_registered(capture)
@@ -111,17 +116,22 @@ class LiveState:
         settings: Mapping[str, Json],
         source: TensorSource,
         absent: Collection[str] = (),
-    ) -> dict[str, Any]:
-        """Loads everything but RNG in place; returns the settings that the user changed: place -> (then, today).
+        global_step: int = 0,
+    ) -> Differences:
+        """Loads everything but RNG in place; returns what the user changed and what starts fresh.
 
         Args:
             absent: kinds of state that may be missing; they keep what they were constructed with.
+            global_step: where a scheduler that is new stands.
 
         Raises:
             StateMismatchError: lists what differs; nothing was loaded.
+            ConfigError: a changed schedule is shorter than the run already is; no tensor was loaded.
         """
         self._require_same_structure(state, settings, source, absent)
-        changes: dict[str, Any] = {}
+        told = Differences()
+        told.tell_absent([kind for kind in absent if self._has(kind)])
+        self._restore_rates(state, settings, source, absent, global_step, told)
         for name, model in self.models.items():
             place = _place("model", name)
             _restore_model(model, place, source, self._own_buffers)
@@ -132,18 +142,12 @@ class LiveState:
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
         names = self._parameter_names()
         for name, optimizer in self.optimizers.items():
-            place = _place("optimizer", name)
-            if place not in state:
-                continue
-            then, today = settings.get(place), self.settings[place]
-            _restore_optimizer(optimizer, place, names, source, state[place], (then, today, changes))
-        for place, one in self._plain_objects():
-            if place != "scaler" and place in state:
-                json = state[place]
-                if place in self.settings:
-                    json = merge_settings(json, settings.get(place), self.settings[place], place, changes)
-                self._load_plain(one, place, json, source)
-        return changes
+            if (place := _place("optimizer", name)) in state:
+                restore_optimizer(optimizer, names, source, state[place])
+        for name, one in self.registered.items():
+            if (place := f"user/{name}") in state:
+                self._load_plain(one, place, state[place], source)
+        return told
 
     def restore_registered(self, name: str, state: Mapping[str, Json], source: TensorSource) -> None:
         """Loads one object that was registered after the rest was restored.
@@ -173,6 +177,62 @@ class LiveState:
 
         one.load_state_dict(decode(json, load))
 
+    def _restore_rates(
+        self,
+        state: Mapping[str, Json],
+        settings: Mapping[str, Json],
+        source: TensorSource,
+        absent: Collection[str],
+        global_step: int,
+        told: Differences,
+    ) -> None:
+        """Parameter groups and schedulers, which are compared and moved together."""
+        live = {_place("scheduler", name): scheduler for name, scheduler in self.schedulers.items()}
+        owners = {place: self._owner_of(place, scheduler) for place, scheduler in live.items()}
+        saved = {
+            place: Saved(json, settings.get(place), settings.get(f"{place}/class", ""))
+            for place, json in state.items()
+            if place.partition("/")[0] == "scheduler"
+        }
+        for name, optimizer in self.optimizers.items():
+            place, own = _place("optimizer", name), _place("scheduler", name)
+            mine = {key: one for key, one in live.items() if owners[key] == name}
+            ScheduledOptimizer(
+                optimizer=optimizer,
+                place=place,
+                schedulers=mine,
+                groups=[group["settings"] for group in state[place]["groups"]] if place in state else None,
+                groups_then=settings.get(place),
+                saved={key: saved[key] for key in mine if key in saved},
+                removed={
+                    key: one
+                    for key, one in saved.items()
+                    if key not in live and not mine and (key == own or len(self.optimizers) == 1)
+                },
+                absent=absent,
+                global_step=global_step,
+                load=lambda name, device: source.create(name, CPU),
+                told=told,
+            ).restore()
+        for place, scheduler in live.items():
+            if owners[place] is None and place in saved:  # of an optimizer that the run does not have
+                told.changes |= compare_schedulers(saved[place], scheduler, place)
+                merged = merge_scheduler(saved[place], scheduler, place)
+                scheduler.load_state_dict(decode(merged, self._loader(source)))
+
+    def _owner_of(self, place: str, scheduler: Any) -> str | None:
+        """The name of the optimizer whose rates a scheduler moves; of an only one where it does not tell."""
+        its = getattr(scheduler, "optimizer", None)
+        owner = next(
+            (name for name, one in self.optimizers.items() if its is not None and innermost_optimizer(its) is one), None
+        )
+        return next(iter(self.optimizers)) if its is None and len(self.optimizers) == 1 else owner
+
+    def _has(self, kind: str) -> bool:
+        """Whether there is anything here that a kind of state would be loaded into."""
+        here = {"optimizer": self.optimizers, "scheduler": self.schedulers, "user": self.registered}
+        return bool(here.get(kind, kind != "scaler" or self.scaler is not None))
+
     def _loader(self, source: TensorSource) -> Any:
         parameter = next((p for model in self.models.values() for p in model.parameters()), None)
         here = parameter.device if parameter is not None else CPU
@@ -192,16 +252,14 @@ class LiveState:
         settings: dict[str, Json] = {}
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
-            groups = [
-                {key: _plain_setting(value) for key, value in group.items() if key != "params"}
-                for group in optimizer.param_groups
-            ]
             settings[f"{place}/class"] = type(optimizer).__name__
-            settings[place] = [encode(group, f"{place}/settings/{i}", {}) for i, group in enumerate(groups)]
+            settings[place] = [
+                group_settings(group, f"{place}/settings/{index}") for index, group in enumerate(optimizer.param_groups)
+            ]
         for name, scheduler in self.schedulers.items():
             place = _place("scheduler", name)
             settings[f"{place}/class"] = type(scheduler).__name__
-            settings[place] = encode(scheduler.state_dict(), place, {})
+            settings[place] = scheduler_settings(scheduler, place)
         return settings
 
     def _parameter_names(self) -> dict[int, str]:
@@ -215,9 +273,6 @@ class LiveState:
         self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource, absent: Collection[str]
     ) -> None:
         problems: list[str] = []
-        for place, today in self.settings.items():
-            if place.endswith("/class") and settings.get(place, today) != today:
-                problems.append(f"the {place.removesuffix('/class')} was a {settings[place]} and is a {today} now")
         for name, model in self.models.items():
             problems += _compare_model(model, _place("model", name), source)
         names = self._parameter_names()
@@ -226,26 +281,15 @@ class LiveState:
             if place not in state:
                 problems += [f"the checkpoint holds no {place}"] if "optimizer" not in absent else []
                 continue
-            live = [_member_names(index, group, names) for index, group in enumerate(optimizer.param_groups)]
-            saved = [_by_name(group["params"], live, index) for index, group in enumerate(state[place]["groups"])]
-            if [len(group) for group in live] != [len(group) for group in saved]:
-                sizes = f"{[len(group) for group in saved]} parameters, here {[len(group) for group in live]}"
-                problems.append(f"{place}: the groups hold {sizes}")
-            elif strangers := {n for g in live for n in g} ^ {n for g in saved for n in g}:
-                problems.append(f"{place}: only there or only here are the parameters {', '.join(sorted(strangers))}")
+            today, then = type(optimizer).__name__, settings.get(f"{place}/class", _ACCELERATED)
+            if then not in (today, _ACCELERATED):
+                problems.append(f"the {place} was a {then} and is a {today} now")
+            problems += compare_groups(optimizer, place, names, state[place]["groups"])
         missing = [name for name in self.registered if f"user/{name}" not in state and "user" not in absent]
         problems += [f"the checkpoint holds nothing for the registered {name!r}" for name in missing]
         if problems:
             more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise StateMismatchError("; ".join(problems[:8]) + more)
-
-
-CPU = torch.device("cpu")
-
-
-def _plain_setting(value: Any) -> Any:
-    """A tensor's value: a capturable learning rate is compared by what it is, not by where it is kept."""
-    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def innermost_module(model: nn.Module) -> nn.Module:
@@ -258,15 +302,6 @@ def innermost_module(model: nn.Module) -> nn.Module:
             inner = inner.module
         else:
             return cast(nn.Module, inner)
-
-
-def innermost_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Without Accelerate's wrapper."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UnsaveableStateError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer and cannot be saved.")
-    return optimizer
 
 
 def clean_name(name: str) -> str:
@@ -322,82 +357,6 @@ def _hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _is_extra(name: str, value: Any) -> bool:
     """What a module returns from get_extra_state; a tensor from there is a new one at each call."""
     return not isinstance(value, torch.Tensor) or name.rpartition(".")[2] == "_extra_state"
-
-
-def positional_name(group: int, place: int) -> str:
-    """Name of a parameter that belongs to no model, or whose name an imported optimizer state does not tell."""
-    return f"~group{group}.{place}"
-
-
-def _member_names(index: int, group: Mapping[str, Any], names: dict[int, str]) -> list[str]:
-    """Names of a group's parameters; those of no model by their place."""
-    return [names.get(id(p), positional_name(index, i)) for i, p in enumerate(group["params"])]
-
-
-def _by_name(saved: list[str], live: list[list[str]], index: int) -> list[str]:
-    """A saved group's names, with the live name at the same place for one that is known by its place only."""
-    here = live[index] if index < len(live) and len(live[index]) == len(saved) else saved
-    return [
-        mine if name == positional_name(index, place) else name
-        for place, (name, mine) in enumerate(zip(saved, here, strict=True))
-    ]
-
-
-def _capture_optimizer(
-    optimizer: torch.optim.Optimizer, place: str, names: dict[int, str], tensors: dict[str, torch.Tensor]
-) -> Json:
-    """Reads `optimizer.state`; torch's own get_state_dict would step a fresh optimizer."""
-    groups, state = [], {}
-    for index, group in enumerate(optimizer.param_groups):
-        members = _member_names(index, group, names)
-        hyper = {key: value for key, value in group.items() if key != "params"}
-        groups.append({"params": members, "settings": encode(hyper, f"{place}/~groups/{index}", tensors)})
-        for name, parameter in zip(members, group["params"], strict=True):
-            if parameter in optimizer.state:
-                state[name] = encode(dict(optimizer.state[parameter]), f"{place}/{name}", tensors)
-    loose = {str(key): value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
-    return {"groups": groups, "state": state, "loose": encode(loose, f"{place}/~loose", tensors)}
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    place: str,
-    names: dict[int, str],
-    source: TensorSource,
-    json: Json,
-    construction: tuple[Json, Json, dict[str, Any]],
-) -> None:
-    """Sets `optimizer.state` itself: `load_state_dict` casts state to the parameter's dtype (bf16 loses fp32
-    moments).
-    """
-    then, today, changes = construction
-    optimizer.state.clear()
-    for index, (group, saved) in enumerate(zip(optimizer.param_groups, json["groups"], strict=True)):
-        before = then[index] if then and index < len(then) else today[index]
-        merged = merge_settings(saved["settings"], before, today[index], f"{place}[{index}]", changes)
-        for key, value in decode(merged, lambda name, device: source.create(name, CPU)).items():
-            if isinstance(group.get(key), torch.Tensor):
-                group[key].copy_(torch.as_tensor(value))  # a capturable learning rate is read through this very tensor
-            else:
-                group[key] = _plain_setting(value)
-        for place_in_group, (name, parameter) in enumerate(
-            zip(_member_names(index, group, names), group["params"], strict=True)
-        ):
-            saved_name = name if name in json["state"] else positional_name(index, place_in_group)
-            if saved_name in json["state"]:
-                optimizer.state[parameter] = decode(json["state"][saved_name], _state_loader(source, parameter))
-    for key, value in decode(json["loose"], lambda name, device: source.create(name, CPU)).items():
-        optimizer.state[key] = value
-    if any(isinstance(one, dict) and isinstance(one.get("step"), (int, float)) for one in optimizer.state.values()):
-        # torch's own repair of what an older torch has saved: a count that is no tensor would never move.
-        optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
-
-
-def _state_loader(source: TensorSource, parameter: torch.Tensor) -> Any:
-    """Optimizer state lies where its parameter lies, but for counters that were kept on the CPU."""
-    return lambda name, device: source.create(
-        name, CPU if device == "cpu" and parameter.device.type != "cpu" else parameter.device, like=parameter
-    )
 
 
 def _restore_model(model: nn.Module, place: str, source: TensorSource, own_buffers: bool) -> None:

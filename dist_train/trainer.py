@@ -18,9 +18,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.callbacks import Callback
-from dist_train.checkpoint.catalog import committed, list_checkpoints
-from dist_train.checkpoint.parents import find_parents
 from dist_train.checkpoint.policy import CheckpointPolicy
+from dist_train.checkpoint.restorer import peek
 from dist_train.checkpoint.store import Store
 from dist_train.data import data_loader, evaluation_loader
 from dist_train.errors import ConfigError, StopReason
@@ -291,21 +290,16 @@ class Trainer:
         """Fixed at the first start, so that another world size trains the same windows. Collective."""
         steps, micro = self.config.gradient_accumulation_steps or 1, self.config.micro_batch_size or 1
         asked = {"gradient_accumulation_steps": steps, "micro_batch_size": micro}
-        known = _recorded_batch_size(self.config.run_dir, asked, self.config.search)
-        recorded = current_world().broadcast(known, "the global batch size")
+        recorded = current_world().on_main(lambda: _recorded_batch_size(self.config, asked), "the global batch size")
         return int(recorded or steps * micro * self.accelerator.num_processes)
 
 
-def _recorded_batch_size(run_dir: str, asked: dict[str, int], search: Sequence[str] = ()) -> int | None:
-    """The global batch of the newest checkpoint, here or where it is searched for, unless the user asks for other
-    accumulation now."""
-    own = Store(run_dir)
-    usable = committed(list_checkpoints(own))
-    if not usable and (parents := find_parents(own, search)):
-        usable = committed(list_checkpoints(parents[0]))
-    config = usable[-1][1].settings["config"] if usable else {}
-    same = all(config.get("user", {}).get(name) == value for name, value in asked.items())
-    return config["data"]["global_batch_size"] if usable and same else None
+def _recorded_batch_size(config: TrainConfig, asked: dict[str, int]) -> int | None:
+    """The global batch of what will be resumed from, unless the user asks for other accumulation now."""
+    manifest = peek(Store(config.run_dir), config.resume, config.search)
+    recorded = manifest.settings.get("config", {}) if manifest else {}
+    same = all(recorded.get("user", {}).get(name) == value for name, value in asked.items())
+    return recorded.get("data", {}).get("global_batch_size") if same else None
 
 
 def seed_everything(seed: int) -> None:

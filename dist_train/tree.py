@@ -132,6 +132,20 @@ def _key(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
     return decode(json, load)
 
 
+def shown(json: Json) -> Json:
+    """What `encode` made of a value, as plain JSON for people: without tags, keys as text."""
+    if isinstance(json, list):
+        return [shown(item) for item in json]
+    if not isinstance(json, dict):
+        return json
+    kind = json.get(_TAG)
+    if kind is None:
+        return {key: shown(value) for key, value in json.items()}
+    if kind == "dict":
+        return {str(shown(key)): shown(value) for key, value in json["items"]}
+    return shown(json["items"]) if "items" in json else json.get("value", kind)
+
+
 def merge_settings(current: Json, then: Json, today: Json, place: str, changes: dict[str, tuple[Json, Json]]) -> Json:
     """What the user writes now takes effect; what the run had decayed is restored.
 

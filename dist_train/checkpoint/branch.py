@@ -3,8 +3,10 @@
     no record   -> resume from the origin; then write branch.json and move newer checkpoints to abandoned/
     a record    -> continue the branch's newest checkpoint; then finish moving if a kill came in between
 
+    another     -> finish moving what the old record says, then as without one: a branch of a branch
+
 Invariant: nothing is deleted, nothing is moved before the checkpoint has been loaded, and the same command never starts
-the same branch twice.
+the same branch twice. What the run had before a branch stays: older ones in their place, newer ones in abandoned/.
 """
 
 from __future__ import annotations
@@ -16,12 +18,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.checkpoint.catalog import Found, list_checkpoints, read_checkpoint
-from dist_train.checkpoint.manifest import ABANDONED, BRANCH_FILE
-from dist_train.checkpoint.resume import ResumeRequest, Selector, not_found_message, select_named
+from dist_train.checkpoint.manifest import ABANDONED, BRANCH_FILE, CHECKPOINTS
+from dist_train.checkpoint.resume import (
+    ResumeRequest,
+    Selector,
+    not_found_message,
+    select_candidates,
+    select_named,
+)
 from dist_train.checkpoint.store import Store
-from dist_train.errors import NoCheckpointError
+from dist_train.errors import FormatVersionError, NoCheckpointError
 
 Json = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request leads."""
+
+    record: Json
+    """The branch that the run is on then; None without one."""
+    is_new: bool
+    """Whether that branch is started now."""
+    candidates: list[list[str]]
+    """Root, path and manifest digest of the checkpoints to try, best first. Empty is a fresh start."""
+    last_sequence: int
+    """The highest that the run has used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +73,33 @@ def read_record(places: Sequence[Store]) -> Json:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def find_route(store: Store, parents: Sequence[Store], request: ResumeRequest, attempt: int) -> Route:
+    """Where a request leads in a run directory and its read-only parents. Changes nothing.
+
+    Raises:
+        NoCheckpointError, ConfigError: what is asked for cannot be had.
+        FormatVersionError: a checkpoint was written by a newer version.
+    """
+    placed = [Placed(one, found) for one in (*parents, store) for found in list_checkpoints(one)]
+    for each in placed:
+        if isinstance(each.one.problem, FormatVersionError):
+            raise each.one.problem
+    record = read_record([store, *parents])
+    is_new = request.kind == "branch" and (record is None or record["requested"] != request.text)
+    if is_new:
+        record = new_record(store, record, request, placed, attempt)
+    last = max([last_sequence(record), *(each.sequence for each in placed)], default=0)
+    if request.kind == "branch":
+        return Route(record, is_new, candidates(record, placed), last)
+    current = [each for each in placed if not is_left_behind(record, each.one)]
+    chosen = select_candidates(request, [each.one for each in current], str(store.root))
+    tried = [each.candidate for one in chosen for each in current if each.one is one]
+    if record is not None and request.kind != "never":  # its origin may lie elsewhere; then what is older here
+        first = candidates(record, placed)
+        tried = first + [one for one in tried if one not in first]
+    return Route(record, is_new, tried, last)
 
 
 def new_record(store: Store, record: Json, request: ResumeRequest, placed: Sequence[Placed], attempt: int) -> Json:
@@ -129,11 +178,24 @@ def settle(store: Store, record: Json) -> None:
     """Records the branch, then moves what it leaves behind; both only where not done yet."""
     if record is None:
         return
-    if record != read_record([store]):
+    before = read_record([store])
+    if record != before:
+        _move_what_is_left_behind(store, before, origin=record["origin"])
         store.replace(BRANCH_FILE, json.dumps(_relative(store, record)).encode())
+    _move_what_is_left_behind(store, record, origin=record["origin"])
+
+
+def _move_what_is_left_behind(store: Store, record: Json, *, origin: list[str]) -> None:
     for one in list_checkpoints(store):
-        if is_left_behind(record, one):
+        if is_left_behind(record, one) and [str(store.root), one.path] != origin[:2]:
             _abandon(store, one.path, record["attempt"])
+
+
+def is_from_before(record: Json, one: Found) -> bool:
+    """Of the run as it was when the branch began, and still in its place."""
+    if record is None or one.manifest is None or is_left_behind(record, one):
+        return False
+    return bool(one.manifest.sequence < record["first_sequence"])
 
 
 def is_left_behind(record: Json, one: Found) -> bool:
@@ -151,14 +213,14 @@ def _relative(store: Store, record: Json) -> Json:
 
 def _locate(store: Store, requested: str) -> tuple[str, str]:
     """The store's root and the path inside it; any other folder is a store of its own run directory."""
-    full = os.path.abspath(requested)
-    root = os.path.abspath(store.root)
-    if not os.path.isdir(full) and os.path.isdir(store.path(f"checkpoints/{requested}")):
-        full = os.path.join(root, "checkpoints", requested)
-    full = os.path.realpath(full)
-    if full.startswith(os.path.realpath(root) + os.sep):
-        return str(store.root), os.path.relpath(full, os.path.realpath(root))
+    places = [requested, str(store.path(f"{CHECKPOINTS}/{requested}")), str(store.path(requested))]
+    full = os.path.realpath(next((one for one in places if os.path.isdir(one)), requested))
+    root = os.path.realpath(store.root)
+    if full.startswith(root + os.sep):
+        return str(store.root), os.path.relpath(full, root)
     home = os.path.dirname(os.path.dirname(full))
+    if f"{os.sep}{ABANDONED}{os.sep}" in full:  # one that a branch of another run has left behind
+        home = full.partition(f"{os.sep}{ABANDONED}{os.sep}")[0]
     return home, os.path.relpath(full, home)
 
 

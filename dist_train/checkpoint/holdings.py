@@ -47,6 +47,7 @@ def survey(
             pinned=is_pinned(one.manifest, pins),
             verified=one.path in verified,
             protected=why.get(one.path, ""),
+            before_branch=place == "current" and branch.is_from_before(record, one),
             problem=unread,
         )
 

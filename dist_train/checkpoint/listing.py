@@ -47,6 +47,17 @@ def list_lines(rows: Sequence[Facts], leftovers: Mapping[str, Mapping[str, int]]
     return lines
 
 
+def abandoned_lines(rows: Sequence[Facts]) -> list[str]:
+    """What `ls --all` shows besides."""
+    if not rows:
+        return []
+    lines = ["", "left behind by branches; resume= the path of one starts a branch there:"]
+    for row in rows:
+        done = f"epochs {row['epochs_completed']}, {bytes_text(row['bytes'])}"
+        lines.append(f"  {row['path']}  {row.get('problem', done)}")
+    return lines
+
+
 def show_lines(run: Facts, one: Facts) -> list[str]:
     """All of `show`."""
     return [

@@ -56,6 +56,11 @@ def list_rows(store: Store) -> list[dict[str, Json]]:
     return sorted(rows, key=lambda row: -1 if row["sequence"] is None else row["sequence"])
 
 
+def abandoned_row(store: Store, one: Found) -> dict[str, Json]:
+    """A checkpoint that a branch has left behind."""
+    return {**_row(store, one, read_pins(store)), "latest": False, "best": False, "abandoned": True}
+
+
 def _row(store: Store, one: Found, pins: frozenset[str]) -> dict[str, Json]:
     manifest = one.manifest
     name = os.path.basename(one.path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -20,6 +19,8 @@ from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.tensor_file import DTYPES, Part, read_layout
 from dist_train.errors import CorruptCheckpointError, StateMismatchError
 
+_MOST_MAPPED_BYTES = 16 << 20
+
 
 class CheckpointReader:
     """Random access to the tensors of one checkpoint; implements `state.TensorSource`."""
@@ -29,6 +30,7 @@ class CheckpointReader:
         self._manifest = manifest
         self._rank = rank
         self._maps: list[mmap.mmap] = []
+        self._read_bytes = 0
         self._parts: dict[str, list[tuple[mmap.mmap, Part]]] = {}
         for name in sorted(manifest.files):
             if name.endswith(".safetensors"):
@@ -100,10 +102,9 @@ class CheckpointReader:
 
     def forget(self, name: str) -> int:
         """Lets the memory go that reading a tensor took; returns its bytes in the files."""
-        parts = self._parts.get(self._resolve(name), [])
-        for data, part in parts:
-            _forget(data, part)
-        return sum(part.num_bytes for _, part in parts)
+        num_bytes = sum(part.num_bytes for _, part in self._parts.get(self._resolve(name), []))
+        self._forget(num_bytes)
+        return num_bytes
 
     def _resolve(self, name: str) -> str:
         return self._manifest.aliases.get(name, name)
@@ -120,11 +121,22 @@ class CheckpointReader:
                 values = values.narrow(dim, low - part.offsets[dim], high - low)
             _write(target, lows, highs, offsets, values)
             filled += values.numel()
-            _forget(data, part)
+            self._forget(part.num_bytes)
         if filled != target.numel():
             raise CorruptCheckpointError(
                 f"{self._path}: {name} has {filled} of the {target.numel()} elements that are needed here.", self._path
             )
+
+    def _forget(self, num_bytes: int) -> None:
+        """Lets the kernel drop the pages that were read, so that a resume needs no more memory than training.
+
+        Small tensors too, once they come to something: a model may have nothing but small ones.
+        """
+        self._read_bytes += num_bytes
+        if self._read_bytes >= _MOST_MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._read_bytes = 0
+            for data in self._maps:
+                data.madvise(mmap.MADV_DONTNEED)
 
     def _require_coverage(self) -> None:
         """Every tensor of the table is there once and whole."""
@@ -182,10 +194,3 @@ def _neighbours(parts: list[Part]) -> Iterator[tuple[Part, Part]]:
             if one.sizes and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
                 break
             yield one, other
-
-
-def _forget(data: Any, part: Part) -> None:
-    """Lets the kernel drop the pages that were read, so that a resume needs no more memory than training."""
-    if part.num_bytes >= 1 << 20 and hasattr(mmap, "MADV_DONTNEED"):
-        start = part.start // mmap.PAGESIZE * mmap.PAGESIZE
-        data.madvise(mmap.MADV_DONTNEED, start, part.start + part.num_bytes - start)

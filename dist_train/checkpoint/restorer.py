@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.checkpoint import branch
-from dist_train.checkpoint.branch import Placed
 from dist_train.checkpoint.catalog import list_checkpoints, read_checkpoint
 from dist_train.checkpoint.manifest import CHECKPOINTS, CORRUPT_PREFIX, Manifest
 from dist_train.checkpoint.parents import find_parents
 from dist_train.checkpoint.reader import CheckpointReader
-from dist_train.checkpoint.resume import ResumeRequest, select_candidates
+from dist_train.checkpoint.resume import ResumeRequest
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
-from dist_train.errors import CorruptCheckpointError, FormatVersionError, NoCheckpointError
+from dist_train.errors import CorruptCheckpointError, NoCheckpointError
 from dist_train.world import World
 
 Json = Any
@@ -36,6 +35,17 @@ class Opened:
     reader: CheckpointReader
     origin: Store
     """The store it lies in: another run's when a path outside was given."""
+
+
+def peek(store: Store, resume: str, search: Sequence[str] = ()) -> Manifest | None:
+    """The manifest of what a run would try first to resume from; None is a fresh start. Changes nothing.
+
+    Raises:
+        NoCheckpointError, ConfigError, FormatVersionError: as a run raises when it is entered.
+    """
+    route = branch.find_route(store, find_parents(store, search), ResumeRequest.parse(resume), 0)
+    found = (read_checkpoint(Store(root), path).manifest for root, path, _ in route.candidates)
+    return next((manifest for manifest in found if manifest), None)
 
 
 class Restorer:
@@ -82,25 +92,12 @@ class Restorer:
         return None
 
     def _candidates(self, request: ResumeRequest) -> Json:
-        own = list_checkpoints(self._store)
-        placed = [Placed(store, one) for store in self.parents for one in list_checkpoints(store)]
-        placed += [Placed(self._store, one) for one in own]
-        for each in placed:
-            if isinstance(each.one.problem, FormatVersionError):
-                raise each.one.problem
-        self.branch = branch.read_record([self._store, *self.parents])
-        if request.kind == "branch" and (self.branch is None or self.branch["requested"] != request.text):
-            self.branch = branch.new_record(self._store, self.branch, request, placed, self._attempt)
-            self._branch_is_new = True
-        self.last_sequence = max([branch.last_sequence(self.branch), *(each.sequence for each in placed)], default=0)
-        if request.kind == "branch":
-            return branch.candidates(self.branch, placed)
-        current = [each for each in placed if not branch.is_left_behind(self.branch, each.one)]
-        chosen = select_candidates(request, [each.one for each in current], str(self._store.root))
-        for one in own:
+        route = branch.find_route(self._store, self.parents, request, self._attempt)
+        self.branch, self._branch_is_new, self.last_sequence = route.record, route.is_new, route.last_sequence
+        for one in list_checkpoints(self._store) if request.kind != "branch" else ():
             if one.problem is not None:
                 self._set_aside(one.path, str(one.problem))
-        return [each.candidate for one in chosen for each in current if each.one is one]
+        return route.candidates
 
     def settle_branch(self) -> bool:
         """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective.

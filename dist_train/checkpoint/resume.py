@@ -88,7 +88,8 @@ class ResumeRequest:
         kinds: dict[str, Literal["auto", "must", "never"]] = {"auto": "auto", "must": "must", "never": "never"}
         if text in kinds:
             return ResumeRequest(kinds[text], text)
-        named = text.partition("#")[0]
+        before, mark, label = text.rpartition("#")
+        named = before if mark and "/" not in label else text  # a folder's name may have a # of its own
         if named == "best" or named.startswith(("epoch:", "step:", "step-")) or "/" in named:
             return ResumeRequest("branch", text, Selector.parse(named))
         raise ConfigError(

@@ -10,7 +10,7 @@ that. Deciding again after the decisions were carried out changes nothing more.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dist_train.checkpoint.manifest import Manifest
@@ -34,6 +34,8 @@ class Holding:
     """Its bytes were written or read back by whoever asks."""
     protected: str = ""
     """Why it must stay whatever the policy says; empty where nothing says so."""
+    before_branch: bool = False
+    """The run had it when it branched: it stays with what the branch has set aside."""
     problem: str = ""
     """Why it counts for nothing, though it lies among the committed ones."""
 
@@ -119,10 +121,13 @@ def decide(
         monitor: the metric that decides what is best.
         other_bytes: of everything in the run directory that is no holding; for the budget.
         reserve_bytes: size of the next save; for the budget.
-        unwanted: `abandoned`, `corrupt`: give these up altogether, but for pinned ones.
+        unwanted: `abandoned`, `corrupt`: give these up altogether, but for pinned ones; with `abandoned`, what the run
+            had before its branch is kept as the policy says only.
     """
     everything = sorted(holdings, key=lambda one: (one.sequence, one.path))
     own = [one for one in everything if _is_own(one, run_id) and one.place == "current"]
+    if "abandoned" in unwanted:
+        own = [replace(one, before_branch=False) for one in own]
     reasons = _reasons_to_keep(own, policy, monitor)
     kept = [one for one in own if one.path in reasons]
     least = min(1 if policy.keep_last == 1 else 2, len(own))
@@ -225,7 +230,8 @@ def _reasons_to_keep(own: Sequence[Holding], policy: CheckpointPolicy, monitor: 
         reasons.setdefault(path, []).append(best)
     for one in own:
         permanent = _permanence(one, policy) if one in current else ""
-        told = [text for text in (permanent, "pinned" if one.pinned else "", one.protected) if text]
+        before = "from before the branch" if one.before_branch else ""
+        told = [text for text in (permanent, before, "pinned" if one.pinned else "", one.protected) if text]
         if told:
             reasons.setdefault(one.path, []).extend(told)
     return reasons

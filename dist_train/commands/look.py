@@ -12,9 +12,10 @@ import sys
 from typing import Any
 
 from dist_train.checkpoint.catalog import Found, read_checkpoint
-from dist_train.checkpoint.listing import list_lines, result_lines, show_lines, verdict_lines
+from dist_train.checkpoint.listing import abandoned_lines, list_lines, result_lines, show_lines, verdict_lines
 from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME
 from dist_train.checkpoint.overview import (
+    abandoned_row,
     describe_checkpoint,
     describe_run,
     find_abandoned,
@@ -33,7 +34,8 @@ Json = Any
 
 
 def add_commands(add: AddCommand) -> None:
-    add("ls", _ls, "List the checkpoints of a run, oldest first.")
+    ls = add("ls", _ls, "List the checkpoints of a run, oldest first.")
+    ls.add_argument("--all", action="store_true", help="besides, those that a branch left behind in abandoned/")
     show = add("show", _show, "Show how a run stands, and all about one checkpoint.")
     which: dict[str, Any] = {"type": selector, "metavar": "WHICH"}
     names = "latest, best, epoch:N, step:N or a path"
@@ -58,11 +60,13 @@ def add_commands(add: AddCommand) -> None:
 def _ls(args: argparse.Namespace) -> int:
     store = open_run(args.run_dir)
     rows = list_rows(store)
+    left = [read_checkpoint(store, path) for path in find_abandoned(store)] if args.all else []
     if args.json:
-        return print_json(rows)
+        return print_json([*rows, *(abandoned_row(store, one) for one in left)])
     if not rows:
         print_text(f"{args.run_dir} holds no checkpoint yet.")
     print_lines(list_lines(rows, find_leftovers(store)))
+    print_lines(abandoned_lines([abandoned_row(store, one) for one in left]))
     return ExitCode.OK
 
 

@@ -49,11 +49,12 @@ def train(
     policy: CheckpointPolicy = POLICY,
     on_step: Callable[[Run], None] = lambda run: None,
     model: torch.nn.Module | None = None,
+    lr: float = 1e-2,
     **options: Any,
 ) -> Run:
     """Trains three epochs, from where the run directory stands; `on_step` is called after each update."""
     model = build_model() if model is None else model
-    optimizer, scheduler = build_optimizer(model)
+    optimizer, scheduler = build_optimizer(model, lr)
     loader = data_loader(Augmented(NUM_SAMPLES), global_batch_size=GLOBAL_BATCH, seed=3)
     told = RunOptions(log_every_steps=1, **options)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}

@@ -3,7 +3,7 @@
 BatchNorm and dropout, random augmentation from three generators, shuffling, accumulation 4 at 1, 2 and 3 ranks, a
 short last window, AdamW with a warm-up schedule, clipping. Run as a script under python or torchrun:
 
-    specimen.py --loop trainer|own --run-dir DIR [--mixed-precision bf16] [--workers 2]
+    specimen.py --loop trainer|own --run-dir DIR [--mixed-precision bf16] [--workers 2] [--lr RATE] [--resume HOW]
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def build_model(*, plain: bool = False) -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), *odd, nn.ReLU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
 
 
-def build_optimizer(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+def build_optimizer(model: nn.Module, lr: float = 1e-2) -> tuple[torch.optim.Optimizer, Any]:
     biases = [p for p in model.parameters() if p.ndim == 1]
     weights = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases}], lr=1e-2)
+    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases}], lr=lr)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
 
 
@@ -114,7 +114,10 @@ def main() -> int:
     parser.add_argument("--mixed-precision", default="no")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--resume", default="auto")
     parser.add_argument("--every-steps", type=int, default=3)
+    parser.add_argument("--keep-last", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="no BatchNorm, dropout and noise")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep at each micro-step")
     parser.add_argument("--samples", default="", help="folder to record consumed samples in")
@@ -138,7 +141,7 @@ def train_with_trainer(args: argparse.Namespace) -> int:
     import dist_train as dt
 
     model = build_model(plain=args.plain)
-    optimizer, scheduler = build_optimizer(model)
+    optimizer, scheduler = build_optimizer(model, args.lr)
     config = dt.TrainConfig(
         run_dir=args.run_dir,
         epochs=args.epochs,
@@ -149,8 +152,11 @@ def train_with_trainer(args: argparse.Namespace) -> int:
         seed=SEED,
         num_workers=args.workers,
         log_every_steps=1,
+        resume=args.resume,
         cpu=True,
-        checkpoint=dt.CheckpointPolicy(every_steps=args.every_steps, every_epochs=1, monitor="val_mae"),
+        checkpoint=dt.CheckpointPolicy(
+            every_steps=args.every_steps, every_epochs=1, keep_last=args.keep_last, monitor="val_mae"
+        ),
     )
     trainer = dt.Trainer(
         model,
@@ -174,7 +180,7 @@ def train_in_own_loop(args: argparse.Namespace) -> int:
     dt.init_distributed()
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=True)
     model = build_model(plain=args.plain)
-    optimizer, scheduler = build_optimizer(model)
+    optimizer, scheduler = build_optimizer(model, args.lr)
     loader = dt.data_loader(
         Augmented(noisy=not args.plain),
         global_batch_size=GLOBAL_BATCH,
@@ -184,7 +190,7 @@ def train_in_own_loop(args: argparse.Namespace) -> int:
     )
     eval_loader = dt.evaluation_loader(Augmented(31, noisy=False), batch_size=6)
     model, optimizer = accelerator.prepare(model, optimizer)
-    policy = dt.CheckpointPolicy(every_steps=args.every_steps, every_epochs=1)
+    policy = dt.CheckpointPolicy(every_steps=args.every_steps, every_epochs=1, keep_last=args.keep_last)
     with dt.Run(
         args.run_dir,
         accelerator=accelerator,
@@ -193,6 +199,7 @@ def train_in_own_loop(args: argparse.Namespace) -> int:
         scheduler=scheduler,
         loader=loader,
         policy=policy,
+        resume=args.resume,
         options=dt.RunOptions(log_every_steps=1),
     ) as run:
         for _ in run.epochs(args.epochs):

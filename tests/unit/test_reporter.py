@@ -15,6 +15,7 @@ import pytest
 from dist_train.checkpoint.manifest import Best, FileEntry, Manifest, Progress
 from dist_train.checkpoint.store import Operation, Store
 from dist_train.checkpoint.writer import Committed, Pruned, SaveFailed
+from dist_train.differences import Differences
 from dist_train.errors import RunInUseError
 from dist_train.reporter import Reporter
 from tests.support.manifests import manifest
@@ -152,20 +153,29 @@ def test_a_directory_that_was_lost_is_an_event_and_left_to_the_error(
 
 
 def test_changed_settings_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"optimizer[0].lr": (0.001, 0.01), "scheduler.milestones": (list(range(40)), None)}
-    reporter(tmp_path).resumed("there", manifest(3, step=480), changes)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["Settings changed since the checkpoint:", "  optimizer[0].lr: 0.001 -> 0.01"]
-    assert lines[2].startswith("  scheduler.milestones: [0, 1, 2")
-    assert lines[2].endswith("... -> null")
-    assert len(lines[2]) < 120
+    betas = ({"$": "tuple", "items": [0.9, 0.99]}, {"$": "tuple", "items": [0.8, 0.99]})
+    rates = {f"optimizer[{group}].lr": (0.001, 0.01) for group in (0, 1)}
+    changes = {**rates, "optimizer[1].betas": betas, "scheduler.milestones": (list(range(40)), None)}
+    told = Differences(changes, ["The scheduler is new."])
+    reporter(tmp_path).resumed("there", manifest(3, step=480), told)
+    milestones = str(list(range(40)))[:57] + "..."
+    assert capsys.readouterr().out.splitlines() == [
+        "Settings changed since the checkpoint:",
+        "  setting               was" + " " * 59 + "now",
+        "  optimizer[0, 1].lr    0.001" + " " * 57 + "0.01",
+        "  optimizer[1].betas    [0.9, 0.99]" + " " * 51 + "[0.8, 0.99]",
+        f"  scheduler.milestones  {milestones}  none",
+        "The scheduler is new.",
+    ]
     (event,) = events(tmp_path)
     assert (event["event"], event["path"], event["global_step"]) == ("resumed", "there", 480)
     assert event["changes"]["optimizer[0].lr"] == [0.001, 0.01]
+    assert event["changes"]["optimizer[1].betas"] == [[0.9, 0.99], [0.8, 0.99]]
+    assert event["notes"] == ["The scheduler is new."]
 
 
 def test_without_changed_settings_there_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reporter(tmp_path).resumed("there", manifest(3), {})
+    reporter(tmp_path).resumed("there", manifest(3), Differences())
     assert capsys.readouterr().out == ""
 
 
@@ -205,7 +215,7 @@ def test_other_ranks_say_and_write_nothing(
 ) -> None:
     one = reporter(tmp_path, is_main=False)
     found: Manifest = manifest(3)
-    one.resumed("there", found, {"a": (1, 2)})
+    one.resumed("there", found, Differences({"a": (1, 2)}))
     one.problems(["a problem"])
     one.where_from("there", EPOCH_13, BEST)
     one.step(0, 1, 0.5)

@@ -938,12 +938,12 @@ def test_another_learning_rate_at_construction_wins_and_is_shown(
     capsys.readouterr()
     loop = SmallRun(run_dir=run_dir, lr=0.01, max_steps=8)
     loop.train()
-    assert loop.rates == [0.01]
+    assert loop.rates == [0.01 * 0.5 * 0.5], "the sixth update has passed: StepLR has halved it twice"
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("Settings changed since the checkpoint:")
-    assert "  optimizer[0].lr: 0.05 -> 0.01" in lines[start:]
+    assert ["optimizer[0].lr", "0.05", "0.01"] in [line.split() for line in lines[start:]]
     (resumed,) = events_of(run_dir, "resumed")
-    assert resumed["changes"]["optimizer[0].lr"] == [0.05, 0.01]
+    assert resumed["changes"] == {"optimizer[0].lr": [0.05, 0.01], "optimizer[0].current_lr": [0.0125, 0.0025]}
 
 
 def test_a_learning_rate_that_the_scheduler_decayed_is_restored(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,11 +307,13 @@ def test_the_global_batch_of_a_read_only_parent_is_kept_too(tmp_path: Path, monk
 
 def test_other_accumulation_asked_for_now_wins(tmp_path: Path) -> None:
     fit(tmp_path, gradient_accumulation_steps=3, micro_batch_size=2, max_steps=1)
+    asked = trainer(tmp_path, gradient_accumulation_steps=3, micro_batch_size=2)
     recorded = trainer_module._recorded_batch_size
-    assert recorded(str(tmp_path), {"gradient_accumulation_steps": 3, "micro_batch_size": 2}) == 6
-    assert recorded(str(tmp_path), {"gradient_accumulation_steps": 4, "micro_batch_size": 2}) is None
-    assert recorded(str(tmp_path), {"gradient_accumulation_steps": 3, "micro_batch_size": 1}) is None
-    assert recorded(str(tmp_path / "elsewhere"), {"gradient_accumulation_steps": 3, "micro_batch_size": 2}) is None
+    assert recorded(asked.config, {"gradient_accumulation_steps": 3, "micro_batch_size": 2}) == 6
+    assert recorded(asked.config, {"gradient_accumulation_steps": 4, "micro_batch_size": 2}) is None
+    assert recorded(asked.config, {"gradient_accumulation_steps": 3, "micro_batch_size": 1}) is None
+    elsewhere = replace(asked.config, run_dir=str(tmp_path / "elsewhere"))
+    assert recorded(elsewhere, {"gradient_accumulation_steps": 3, "micro_batch_size": 2}) is None
 
 
 def test_a_global_batch_recorded_by_another_way_of_asking_is_not_taken_over(tmp_path: Path) -> None:
