@@ -17,13 +17,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dist_train.callbacks import Callback
 from dist_train.checkpoint.catalog import committed, list_checkpoints
+from dist_train.checkpoint.parents import find_parents
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
 from dist_train.data import data_loader, evaluation_loader
 from dist_train.errors import ConfigError, StopReason
 from dist_train.metrics import EarlyStopping, Mean, Metric
-from dist_train.run import Run, RunOptions
+from dist_train.options import RunOptions
+from dist_train.run import Run
 from dist_train.world import current_world, init_distributed
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -127,6 +130,7 @@ class Trainer:
         scheduler: stepped once an optimizer update; ReduceLROnPlateau once an epoch, by the monitored metric.
         metrics: by name, for instance `{"val_smape": SMAPE()}`; `val_loss` is always measured.
         collate_fn: makes a batch of samples; torch's default otherwise.
+        callbacks: by event, a function or several: `{"committed": offer_download}`; see `dist_train.callbacks`.
     """
 
     def __init__(
@@ -141,11 +145,13 @@ class Trainer:
         scheduler: Any | None = None,
         metrics: Mapping[str, Metric] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        callbacks: Mapping[str, Callback | Sequence[Callback]] | None = None,
     ) -> None:
         self.config = config
         self.loss = loss
         self.metrics = dict(metrics or {})
         self.scheduler = scheduler
+        self.callbacks = dict(callbacks or {})
         if self.metrics and eval_data is None:
             raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
         if "val_loss" in self.metrics:
@@ -181,6 +187,7 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
         with self._run() as run:
+            self._add_callbacks(run)
             for _ in run.epochs(self.config.epochs):
                 self.model.train()
                 for batch in run.batches(self.train_loader):
@@ -275,17 +282,27 @@ class Trainer:
             ),
         )
 
+    def _add_callbacks(self, run: Run) -> None:
+        for event, given in self.callbacks.items():
+            for callback in given if isinstance(given, Sequence) else [given]:
+                run.on(event, callback)
+
     def _global_batch_size(self) -> int:
         """Fixed at the first start, so that another world size trains the same windows. Collective."""
         steps, micro = self.config.gradient_accumulation_steps or 1, self.config.micro_batch_size or 1
         asked = {"gradient_accumulation_steps": steps, "micro_batch_size": micro}
-        recorded = current_world().broadcast(_recorded_batch_size(self.config.run_dir, asked), "the global batch size")
+        known = _recorded_batch_size(self.config.run_dir, asked, self.config.search)
+        recorded = current_world().broadcast(known, "the global batch size")
         return int(recorded or steps * micro * self.accelerator.num_processes)
 
 
-def _recorded_batch_size(run_dir: str, asked: dict[str, int]) -> int | None:
-    """The global batch of the newest checkpoint, unless the user asks for other accumulation now."""
-    usable = committed(list_checkpoints(Store(run_dir)))
+def _recorded_batch_size(run_dir: str, asked: dict[str, int], search: Sequence[str] = ()) -> int | None:
+    """The global batch of the newest checkpoint, here or where it is searched for, unless the user asks for other
+    accumulation now."""
+    own = Store(run_dir)
+    usable = committed(list_checkpoints(own))
+    if not usable and (parents := find_parents(own, search)):
+        usable = committed(list_checkpoints(parents[0]))
     config = usable[-1][1].settings["config"] if usable else {}
     same = all(config.get("user", {}).get(name) == value for name, value in asked.items())
     return config["data"]["global_batch_size"] if usable and same else None

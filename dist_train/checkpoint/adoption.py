@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -79,6 +79,7 @@ def adopt(foreign: Foreign, source: str, run_dir: str) -> Adopted:
         mode=options.mode or foreign.mode,
     )
     notes = [*foreign.notes, *facts.notes]
+    foreign = _leave_behind(foreign, options.without)  # only now: an optimizer's state has counted the updates
     capture = _capture(foreign)
     absent = _absent(capture.state)
     settings = {"absent": absent, "config": {"policy": {}, "data": {}, "user": {}}}
@@ -130,6 +131,15 @@ def _require_free(run_dir: str) -> None:
             f"{run_dir} is not empty ({', '.join(sorted(names)[:4])}); nothing was changed. An import makes a new run: "
             f"give another --run, or move away what is there."
         )
+
+
+def _leave_behind(foreign: Foreign, parts: Collection[str]) -> Foreign:
+    return replace(
+        foreign,
+        optimizers={} if "optimizer" in parts else foreign.optimizers,
+        schedulers={} if "scheduler" in parts else foreign.schedulers,
+        scaler=None if "scaler" in parts else foreign.scaler,
+    )
 
 
 def _commit(store: Store, capture: Capture, facts: Facts, settings: dict[str, Json], meter: ByteMeter) -> Committed:

@@ -301,6 +301,7 @@ def test_parts_can_be_left_behind(without: str, absent: str, tmp_path: Path) -> 
     path = saved(tmp_path / "old.pth", old_checkpoint())
     adopted = import_checkpoint(path, str(tmp_path / "run"), without=(without,))
     assert adopted.absent == [absent, "rng", "user"]
+    assert adopted.global_step == 3, "as the optimizer counted"
     manifest = find_checkpoint(str(tmp_path / "run"), "latest")[2]
     assert absent not in manifest.state
     assert manifest.absent == adopted.absent

@@ -295,6 +295,15 @@ def test_the_global_batch_is_kept_at_another_world_size(tmp_path: Path, monkeypa
     assert ready._global_batch_size() == 6
 
 
+def test_the_global_batch_of_a_read_only_parent_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another session with another number of GPUs goes on from the attached output of the last one."""
+    fit(tmp_path / "earlier", gradient_accumulation_steps=3, micro_batch_size=2, max_steps=1)
+    search = (str(tmp_path / "earl*"),)
+    ready = trainer(tmp_path / "now", gradient_accumulation_steps=3, micro_batch_size=2, search=search)
+    monkeypatch.setattr(type(ready.accelerator), "num_processes", 4)
+    assert ready._global_batch_size() == 6
+
+
 def test_other_accumulation_asked_for_now_wins(tmp_path: Path) -> None:
     fit(tmp_path, gradient_accumulation_steps=3, micro_batch_size=2, max_steps=1)
     recorded = trainer_module._recorded_batch_size

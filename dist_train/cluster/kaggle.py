@@ -1,0 +1,292 @@
+"""A session of a Kaggle notebook: what there is, training in processes of its own, and what to do with the result.
+
+    session = kaggle.Session()
+    session.train("train.py", "--run-dir", "runs/price", "--max-time", "11h30m", "--search", *session.search)
+    session.explain("runs/price")
+    session.link(session.pack("runs/price", "--best"))
+
+Invariant: it raises for mistakes in the call only. A training or a pack that fails is told and the notebook goes on to
+its end, since a version that fails may keep nothing. Inputs are only read; it deletes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dist_train.cluster.child import run_child
+from dist_train.console import bytes_text, print_text, seconds_text
+from dist_train.errors import ConfigError, ExitCode
+
+ROOT = "/kaggle"
+ROOT_VARIABLE = "DIST_TRAIN_KAGGLE_ROOT"
+"""Environment variable: another place for `working` and `input`, to try a notebook elsewhere."""
+QUOTA_BYTES = 20 * 10**9
+SESSION_SECONDS = 12 * 3600.0
+LAST_SECONDS = 120.0
+"""Training that still runs so shortly before the session's end hangs, or was given too much time: it is interrupted."""
+ANSWER_SECONDS = 120.0
+"""How long the command line may take to look into a run directory."""
+SEARCH_LEVELS = 5
+"""How deep below the inputs a file may lie: `input/notebooks/OWNER/NAME/...` is three."""
+BF16_CAPABILITY = (8, 0)
+"""Compute capability from which on bf16 is native; a T4 has 7.5, a P100 6.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU of the session."""
+
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.capability >= BF16_CAPABILITY
+
+
+class Session:
+    """What this session offers, and what one does in it.
+
+    Args:
+        quota_bytes: what the working directory may hold at the session's end.
+        session_seconds: how long Kaggle lets a session run.
+        root: the folder of `working` and `input`; None takes DIST_TRAIN_KAGGLE_ROOT, else /kaggle.
+        started: Unix time at which the session began; None takes the start of the container on Kaggle, of the
+            notebook's kernel elsewhere.
+
+    Raises:
+        ConfigError: there is no working directory below root.
+    """
+
+    def __init__(
+        self,
+        *,
+        quota_bytes: int = QUOTA_BYTES,
+        session_seconds: float = SESSION_SECONDS,
+        root: str | os.PathLike[str] | None = None,
+        started: float | None = None,
+    ) -> None:
+        self.root = Path(root or os.environ.get(ROOT_VARIABLE) or ROOT)
+        self.working, self.inputs = self.root / "working", self.root / "input"
+        self.kind = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
+        """`Interactive`, `Batch` (Save & Run All), or "" elsewhere than on Kaggle."""
+        self.quota_bytes, self.session_seconds = quota_bytes, session_seconds
+        if not self.working.is_dir():
+            raise ConfigError(
+                f"{self.working} is not there: this is no Kaggle session. To try the notebook elsewhere, make a folder "
+                f"with `working` and `input` in it and set {ROOT_VARIABLE} to its path, or give root=."
+            )
+        on_kaggle = bool(self.kind) and str(self.root) == ROOT
+        self.started = _session_start(on_kaggle, session_seconds) if started is None else started
+        self.gpus = find_gpus()
+
+    @property
+    def age_seconds(self) -> float:
+        return time.time() - self.started
+
+    @property
+    def used_bytes(self) -> int:
+        """What lies in the working directory and counts towards the quota."""
+        return sum(_sizes_below(self.working))
+
+    @property
+    def search(self) -> tuple[str, ...]:
+        """Where the attached output of an earlier version may lie, as patterns for `TrainConfig.search`."""
+        return (f"{self.inputs}/*",)
+
+    def describe(self) -> None:
+        """Prints what there is: GPUs, time and space."""
+        gpus = ", ".join(f"{gpu.name} ({'bf16' if gpu.has_bf16 else 'fp16: it has no bf16'})" for gpu in self.gpus)
+        attached = sorted(one.name for one in self.inputs.iterdir()) if self.inputs.is_dir() else []
+        limit, used = seconds_text(self.session_seconds), bytes_text(self.used_bytes)
+        print_text(f"Session:  {self.kind or 'not on Kaggle'}, {seconds_text(self.age_seconds)} old of {limit}")
+        print_text(f"Devices:  {gpus or 'no GPU: training runs on the CPU'}")
+        print_text(f"Working:  {self.working}, {used} of {bytes_text(self.quota_bytes)} used")
+        print_text(f"Inputs:   {', '.join(attached) or 'none attached'}")
+
+    def find(self, name: str) -> Path:
+        """A file of the working directory, else of the attached inputs.
+
+        Raises:
+            ConfigError: it is nowhere, or at several places of the inputs.
+        """
+        if (here := self.working / name).is_file():
+            return here
+        for depth in range(1, SEARCH_LEVELS + 1):
+            found = sorted(self.inputs.glob("*/" * depth + name))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                places = ", ".join(str(one) for one in found)
+                raise ConfigError(
+                    f"{name} lies at several places ({places}). Give the path of one, or copy it to {self.working}."
+                )
+        raise ConfigError(
+            f"{name} is neither in {self.working} nor in what is attached below {self.inputs} (down to "
+            f"{SEARCH_LEVELS} levels). Attach the dataset that holds it (Add Input), or write it with %%writefile."
+        )
+
+    def train(self, script: str, *arguments: object, processes: int | None = None, restarts: int = 3) -> int:
+        """Runs a training script in processes of its own, its lines in the cell; returns its exit code.
+
+        Args:
+            script: a path, or a name for `find`.
+            arguments: of the script.
+            processes: None starts one a GPU, one without a GPU.
+            restarts: how often a training that crashed is started again, from its newest checkpoint.
+
+        Raises:
+            KeyboardInterrupt: the cell was interrupted; training has ended, nothing of it is left running.
+        """
+        path = script if os.path.isfile(script) else str(self.find(script))
+        count = processes or max(len(self.gpus), 1)
+        program = [sys.executable, path]
+        if count > 1 or restarts:
+            launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+            program = [sys.executable, "-m", *launcher, f"--max-restarts={restarts}", path]
+        print_text(f"Training in {count} process{'es' if count > 1 else ''}: {path}")
+        environment = self._environment()
+        if count > 1:  # torchrun gives each rank one thread otherwise, and says so at length
+            environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+        left = self.session_seconds - LAST_SECONDS - self.age_seconds
+        command = [*program, *map(str, arguments)]
+        code = run_child(command, print_text, environment=environment, seconds=max(left, 0.0))
+        if code != ExitCode.OK:
+            print_text(f"Training ended with exit code {code}; the cause stands above. What it saved is whole.")
+        return code
+
+    def status(self, run: str | os.PathLike[str]) -> dict[str, Any]:
+        """What the run's status.json says; empty where it has not begun."""
+        try:
+            status: dict[str, Any] = json.loads((Path(run) / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return status
+
+    def explain(self, run: str | os.PathLike[str]) -> None:
+        """Prints how the run stands and what to do next."""
+        status = self.status(run)
+        if not status:
+            print_text(f"{run} has not begun; the cause stands in the output of the training.")
+            return
+        where = f"{run}: {status['status']} at step {status['global_step']}, {status['epochs_completed']} epochs done."
+        again = (
+            "To go on: save this version, attach its output to the notebook as an input (Add Input, Notebook Output), "
+            "and run it again."
+        )
+        if status["status"] in ("done", "early_stopped"):
+            print_text(f"{where} Training is finished.")
+        elif status["exit_code"] == ExitCode.OK:
+            print_text(f"{where} Training is not finished. {again}")
+        else:
+            print_text(f"{where} {status['error'] or 'It was stopped from outside.'} {again}")
+        if (best := self.find_best(run)) != Path(run):
+            print_text(f"The best model so far lies in {best}: keep that version attached, too.")
+
+    def dist_train(self, *arguments: object) -> int:
+        """Runs the command line, for instance `session.dist_train("ls", RUN)`; returns its exit code."""
+        command = [sys.executable, "-m", "dist_train.cli", *map(str, arguments)]
+        return run_child(command, print_text, environment=self._environment())
+
+    def find_best(self, run: str | os.PathLike[str]) -> Path:
+        """The run directory that holds the best model: this one, or an earlier session's that was not beaten since."""
+        shown = self._ask("show", run)
+        best = shown["checkpoint"]["best"] if shown else None
+        if best is not None:
+            for place in (Path(run), *self._attached_runs(shown["run"]["run_id"])):
+                for one in self._ask("ls", place) or ():
+                    if one["metrics"].get(best["monitor"]) == best["value"]:
+                        return place
+        return Path(run)
+
+    def pack(self, run: str | os.PathLike[str], *options: str) -> Path | None:
+        """Packs a run into one file of the working directory; None where that failed, and the cause is printed.
+
+        Args:
+            options: of `dist-train pack`: `--best`, `--latest` or `--all`; `--weights-only`.
+        """
+        what = "-".join(option.strip("-") for option in options)
+        target = self.working / f"{Path(run).name}{'-' if what else ''}{what}.zip"
+        source = self.find_best(run) if "--best" in options else run
+        code = self.dist_train("pack", source, *options, "--to", target)
+        return target if code == ExitCode.OK and target.is_file() else None
+
+    def link(self, path: Path | None) -> None:
+        """A link to download a file with, in the cell; the path elsewhere than in a notebook."""
+        if path is None:
+            print_text("There is nothing to link to.")
+            return
+        print_text(f"{path} ({bytes_text(path.stat().st_size)})")
+        if "IPython" in sys.modules:
+            from IPython.display import FileLink, display
+
+            display(FileLink(os.path.relpath(path)))
+
+    def _ask(self, command: str, run: str | os.PathLike[str]) -> Any:
+        """What the command line answers in JSON; None where it cannot."""
+        asked = [sys.executable, "-m", "dist_train.cli", command, str(run), "--json"]
+        done = subprocess.run(asked, capture_output=True, timeout=ANSWER_SECONDS, check=False)
+        return json.loads(done.stdout) if done.returncode == ExitCode.OK else None
+
+    def _attached_runs(self, run_id: str) -> Iterator[Path]:
+        for depth in range(1, SEARCH_LEVELS + 1):
+            for file in sorted(self.inputs.glob("*/" * depth + "run.json")):
+                try:
+                    if json.loads(file.read_bytes())["run_id"] == run_id:
+                        yield file.parent
+                except (OSError, ValueError, LookupError, TypeError):
+                    continue
+
+    def _environment(self) -> dict[str, str]:
+        # The kernel's plotting backend draws into cells, which a child has none of.
+        inherited = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+        return {**inherited, "DIST_TRAIN_SESSION_START": str(self.started), "PYTHONUNBUFFERED": "1"}
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """As nvidia-smi names them, those hidden by CUDA_VISIBLE_DEVICES left out; without it there are none."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    gpus = tuple(_parse_gpu(line) for line in said.splitlines() if line.strip())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if visible is None else gpus[: len([one for one in visible.split(",") if one.strip()])]
+
+
+def _parse_gpu(line: str) -> Gpu:
+    name, _, capability = line.rpartition(",")
+    major, _, minor = capability.strip().partition(".")
+    return Gpu(name.strip(), (int(major), int(minor or 0)) if major.isdecimal() else (0, 0))
+
+
+def _session_start(on_kaggle: bool, session_seconds: float) -> float:
+    """On Kaggle the container begins with the session; a kernel may have been restarted in it."""
+    own = float(psutil.Process().create_time())
+    if not on_kaggle:
+        return own
+    try:
+        container = float(psutil.Process(1).create_time())
+    except psutil.Error:
+        return own
+    return container if time.time() - container < session_seconds else own
+
+
+def _sizes_below(folder: Path) -> Iterator[int]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                yield os.lstat(os.path.join(parent, name)).st_size
+            except OSError:
+                continue
