@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from dist_train.checkpoint.store import CHUNK_BYTES, Operation, Store
 from dist_train.checkpoint.tensor_file import DTYPE_NAMES
 from dist_train.checkpoint.writer import Committed, SaveFailed
 from dist_train.console import ByteMeter, EventLog, MetricsLog
-from dist_train.errors import ConfigError, StorageError, UnsaveableStateError
+from dist_train.errors import ConfigError, SaveFailedError, StorageError, UnsaveableStateError
 from dist_train.state import Capture, clean_name, positional_name
 from dist_train.tied import storage_key
 from dist_train.tree import encode
@@ -79,6 +79,7 @@ def adopt(foreign: Foreign, source: str, run_dir: str) -> Adopted:
         mode=options.mode or foreign.mode,
     )
     notes = [*foreign.notes, *facts.notes]
+    foreign = _leave_behind(foreign, options.without)  # only now: an optimizer's state has counted the updates
     capture = _capture(foreign)
     absent = _absent(capture.state)
     settings = {"absent": absent, "config": {"policy": {}, "data": {}, "user": {}}}
@@ -89,7 +90,10 @@ def adopt(foreign: Foreign, source: str, run_dir: str) -> Adopted:
     size = sum(tensor.nbytes for tensor in capture.tensors.values())
     meter = ByteMeter(size, sys.stderr, name=f"import {source}")
     with new_folder(run_dir, needed_bytes=size + _SLACK_BYTES, force=False) as staging:
-        done = _commit(staging, capture, facts, settings, meter)
+        try:
+            done = _commit(staging, capture, facts, settings, meter)
+        except SaveFailedError as error:
+            raise StorageError(f"{run_dir} was not made: {error}. Free space, and import it again.") from error
         events = EventLog(staging)
         events.attempt = done.manifest.attempt
         told = {"source": os.path.abspath(source), "kind": foreign.kind, "absent": absent, "notes": notes}
@@ -129,6 +133,15 @@ def _require_free(run_dir: str) -> None:
         )
 
 
+def _leave_behind(foreign: Foreign, parts: Collection[str]) -> Foreign:
+    return replace(
+        foreign,
+        optimizers={} if "optimizer" in parts else foreign.optimizers,
+        schedulers={} if "scheduler" in parts else foreign.schedulers,
+        scaler=None if "scaler" in parts else foreign.scaler,
+    )
+
+
 def _commit(store: Store, capture: Capture, facts: Facts, settings: dict[str, Json], meter: ByteMeter) -> Committed:
     """By the machinery of every save, in a directory that nobody else knows yet."""
 
@@ -158,7 +171,7 @@ def _commit(store: Store, capture: Capture, facts: Facts, settings: dict[str, Js
         meter.pause()
     failures = [event.message for event in events if isinstance(event, SaveFailed)]
     if failures:
-        raise StorageError(f"Nothing was imported: {failures[0].rstrip('.')}. Free space, and import it again.")
+        raise SaveFailedError(failures[0].removeprefix("rank 0: ").rstrip("."))
     (done,) = [event for event in events if isinstance(event, Committed)]
     return done
 

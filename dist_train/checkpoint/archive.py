@@ -36,7 +36,7 @@ from dist_train.checkpoint.manifest import (
 from dist_train.checkpoint.outbox import new_file, require_new
 from dist_train.checkpoint.ownership import newest_attempt
 from dist_train.checkpoint.selection import best_path, find_checkpoints, newest_path, open_run
-from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.store import CHUNK_BYTES, Store
 from dist_train.checkpoint.stripping import weights_only as without_training_state
 from dist_train.checkpoint.verify import RunningDigest
 from dist_train.console import ByteMeter
@@ -47,6 +47,10 @@ Choice = Literal["best", "latest", "both", "all"]
 SUMS_NAME = "SHA256SUMS"
 _FILE_BYTES = 4096
 """What a file costs in an archive besides its bytes; generous."""
+_TRIES = 10
+"""A training that goes on may prune a checkpoint just before its files are opened."""
+_MOST_OPEN = 256
+"""Files that are opened beforehand; a process may usually have 1024."""
 _OLDEST = (1980, 1, 1, 0, 0, 0)
 """A zip knows no earlier date."""
 
@@ -127,7 +131,7 @@ def pack(
     sums_target = f"{target}.sha256"
     for one in (target, sums_target):
         require_new(one, force=force, is_folder=False)
-    for tries_left in (2, 1, 0):
+    for tries_left in reversed(range(_TRIES)):
         contents = _choose(store, choice, weights_only)
         try:
             digest = _write(store, target, folder, contents, force)
@@ -189,7 +193,7 @@ def _write(store: Store, target: str, folder: str, contents: list[_Content], for
     needed = large + sum(map(len, small.values())) + sum(len(one.text) for one in contents) + count * _FILE_BYTES
     meter = ByteMeter(2 * large, sys.stderr, name=f"pack {target}")
     try:
-        with new_file(target, needed_bytes=needed, force=force) as file:
+        with _opened(store, contents) as sources, new_file(target, needed_bytes=needed, force=force) as file:
             sums: dict[str, str] = {}
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 for name, data in small.items():
@@ -197,13 +201,13 @@ def _write(store: Store, target: str, folder: str, contents: list[_Content], for
                 for one in contents:
                     for name, entry in sorted(one.manifest.files.items()):
                         path = f"{one.path}/{name}"
-                        sums[path] = _add_file(archive, f"{folder}/{path}", store, path, entry, meter.add)
+                        sums[path] = _add_file(archive, f"{folder}/{path}", sources[path], entry, meter.add)
                     path = f"{one.path}/{MANIFEST_NAME}"
                     sums[path] = _add_bytes(archive, f"{folder}/{path}", one.text)
                 listed = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
                 _add_bytes(archive, f"{folder}/{SUMS_NAME}", listed.encode())
             file.flush()
-            return _hash(file, meter.add)
+            return _hash(file.name, meter.add)
     finally:
         meter.pause()
 
@@ -244,38 +248,71 @@ def _add_bytes(archive: zipfile.ZipFile, name: str, data: bytes) -> str:
 
 
 def _add_file(
-    archive: zipfile.ZipFile, name: str, store: Store, path: str, entry: FileEntry, on_bytes: Callable[[int], None]
+    archive: zipfile.ZipFile, name: str, source: _Source, entry: FileEntry, on_bytes: Callable[[int], None]
 ) -> str:
     """Streams a file in and proves it on the way."""
     found, digest = RunningDigest(), hashlib.sha256()
     with archive.open(_info(name, entry.size), "w") as out:
-        for chunk in _read(store, path):
+        for chunk in source.read():
             found.update(chunk)
             digest.update(chunk)
             out.write(chunk)
             on_bytes(len(chunk))
     if (found.entry().size, found.entry().digest) != (entry.size, entry.digest):
         is_now = f"is {found.entry().size} bytes with digest {found.entry().digest}"
-        raise _damaged(store, path, f"{is_now}, expected {entry.size} with {entry.digest}")
+        raise source.damaged(f"{is_now}, expected {entry.size} with {entry.digest}")
     return digest.hexdigest()
 
 
-def _read(store: Store, path: str) -> Iterator[memoryview]:
-    """Its errors are the source's, not those of the archive that is being written."""
-    try:
-        yield from store.read_chunks(path)
-    except OSError as error:
-        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
-        raise _damaged(store, path, why) from error
+@dataclass(slots=True)
+class _Source:
+    """A file of the run. One that is opened at once is still there when the training has pruned it."""
+
+    store: Store
+    path: str
+    file: BinaryIO | None = None
+
+    def open(self) -> BinaryIO:
+        try:
+            self.file = self.file or self.store.path(self.path).open("rb", buffering=0)
+        except OSError as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
+            raise self.damaged(why) from error
+        return self.file
+
+    def read(self) -> Iterator[memoryview]:
+        """Its errors are the source's, not those of the archive that is being written."""
+        with self.open() as file:
+            try:
+                yield from _chunks(file)
+            except OSError as error:
+                raise self.damaged(f"cannot be read: {error.strerror or error}") from error
+
+    def damaged(self, why: str) -> CorruptCheckpointError:
+        store = self.store
+        return CorruptCheckpointError(
+            f"{store.shown(self.path)} {why}. Nothing was packed. `dist-train verify {store.given}` tells which "
+            f"checkpoints are whole; choose one of them (--best, --latest).",
+            str(store.path(self.path)),
+        )
 
 
-def _damaged(store: Store, path: str, why: str) -> CorruptCheckpointError:
-    full = str(store.path(path))
-    return CorruptCheckpointError(
-        f"{store.shown(path)} {why}. Nothing was packed. `dist-train verify {store.given}` tells which checkpoints are "
-        f"whole; choose one of them (--best, --latest).",
-        full,
-    )
+@contextlib.contextmanager
+def _opened(store: Store, contents: list[_Content]) -> Iterator[dict[str, _Source]]:
+    """All files by path, opened now as far as a process may have that many."""
+    paths = [f"{one.path}/{name}" for one in contents for name in sorted(one.manifest.files)]
+    sources = {path: _Source(store, path) for path in paths}
+    with contextlib.ExitStack() as stack:
+        for path in paths[:_MOST_OPEN]:
+            stack.enter_context(sources[path].open())
+        yield sources
+
+
+def _chunks(file: BinaryIO) -> Iterator[memoryview]:
+    """Through one buffer that is reused."""
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        yield buffer[:count]
 
 
 def _info(name: str, size: int) -> zipfile.ZipInfo:
@@ -286,10 +323,10 @@ def _info(name: str, size: int) -> zipfile.ZipInfo:
     return info
 
 
-def _hash(file: BinaryIO, on_bytes: Callable[[int], None]) -> str:
+def _hash(path: str, on_bytes: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
-    folder, name = os.path.split(file.name)
-    for chunk in Store(folder).read_chunks(name):
-        digest.update(chunk)
-        on_bytes(len(chunk))
+    with open(path, "rb", buffering=0) as file:
+        for chunk in _chunks(file):
+            digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()

@@ -115,12 +115,6 @@ def read_foreign(source: str, options: ImportOptions, load: Load) -> Foreign:
         _add_safetensors(foreign, "", [source])
     else:
         foreign = _read_dictionary(source, load(source), options)
-    if "optimizer" in options.without:
-        foreign.optimizers = {}
-    if "scheduler" in options.without:
-        foreign.schedulers = {}
-    if "scaler" in options.without:
-        foreign.scaler = None
     for name, weights in foreign.models.items():
         foreign.models[name] = _map_names(foreign, name, weights)
     return foreign

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,19 +167,37 @@ def test_a_run_that_trains_is_packed_without_what_it_is_writing(run_dir: Path, t
     assert (run / "metrics.jsonl").read_bytes().endswith(b"}\n")
 
 
-def test_a_checkpoint_that_is_pruned_meanwhile_makes_the_choice_anew(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def prune_when(run_dir: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The training deletes the oldest checkpoint before or after its files are opened."""
+    real = archive._opened
+
+    @contextlib.contextmanager
+    def opened(store: Store, contents: Any) -> Iterator[Any]:
+        if moment == "before":
+            shutil.rmtree(run_dir / "checkpoints" / FIRST, ignore_errors=True)
+        with real(store, contents) as sources:
+            shutil.rmtree(run_dir / "checkpoints" / FIRST, ignore_errors=True)
+            yield sources
+
+    monkeypatch.setattr(archive, "_opened", opened)
+
+
+@pytest.mark.parametrize(("moment", "steps"), [("before", [BEST, LAST]), ("after", [FIRST, BEST, LAST])])
+def test_a_checkpoint_that_is_pruned_meanwhile_is_packed_or_the_choice_is_made_anew(
+    moment: str, steps: list[str], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = archive._read
-
-    def prune_first(store: Store, path: str) -> Any:
-        if (run_dir / "checkpoints" / FIRST).exists():
-            shutil.rmtree(run_dir / "checkpoints" / FIRST)
-        return read(store, path)
-
-    monkeypatch.setattr(archive, "_read", prune_first)
+    prune_when(run_dir, monkeypatch, moment)
     done = pack(str(run_dir), str(tmp_path / "a.zip"), choice="all")
-    assert [os.path.basename(one.path) for one in done.checkpoints] == [BEST, LAST]
+    assert not (run_dir / "checkpoints" / FIRST).exists()
+    assert [os.path.basename(one.path) for one in done.checkpoints] == steps
+    unpack(tmp_path / "a.zip", tmp_path / "elsewhere")
+
+
+def test_more_files_than_may_be_open_are_opened_one_by_one(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "_MOST_OPEN", 2)
+    pack(str(trained), str(tmp_path / "a.zip"), choice="all")
     unpack(tmp_path / "a.zip", tmp_path / "elsewhere")
 
 
