@@ -116,7 +116,7 @@ def _carry_out(args: argparse.Namespace, pruning: Pruning) -> int:
 
 def _prove(pruning: Pruning, to_read: list[str]) -> Verdict:
     """Reads back what must stay before anything goes."""
-    from dist_train.checkpoint.verify import verify_checkpoint  # brings xxhash, which a dry run does not need
+    from dist_train.checkpoint.verify import verify_as_it_is  # brings xxhash, which a dry run does not need
 
     manifests = {one.path: one.manifest for one in pruning.holdings}
     sizes = [manifest.num_bytes for path in to_read if (manifest := manifests[path])]
@@ -124,7 +124,7 @@ def _prove(pruning: Pruning, to_read: list[str]) -> Verdict:
 
     def check(path: str, manifest: Manifest) -> str:
         meter.name = f"verify {path.rsplit('/', 1)[-1]}"
-        return "; ".join(map(str, verify_checkpoint(pruning.store, path, manifest, on_bytes=meter.add)))
+        return "; ".join(map(str, verify_as_it_is(pruning.store, path, manifest, meter.add)))
 
     try:
         return pruning.prove(check)

@@ -142,12 +142,12 @@ def _verify_one(store: Store, found: Found, meter: ByteMeter) -> dict[str, Json]
 
 
 def _damages(store: Store, found: Found, meter: ByteMeter) -> list[dict[str, Json]]:
-    from dist_train.checkpoint.verify import verify_checkpoint  # brings xxhash, which ls and show do not need
+    from dist_train.checkpoint.verify import verify_as_it_is  # brings xxhash, which ls and show do not need
 
     assert found.manifest is not None
     meter.name = _name(found)
     damages = []
-    for one in verify_checkpoint(store, found.path, found.manifest, on_bytes=meter.add):
+    for one in verify_as_it_is(store, found.path, found.manifest, meter.add):
         where = {"file": one.file, "problem": one.problem, "start": one.start, "stop": one.stop}
         known = one.start is not None and one.stop is not None and one.file.endswith(".safetensors")
         tensors = tensors_between(store, found, one.file, one.start or 0, one.stop or 0) if known else []

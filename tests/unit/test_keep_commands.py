@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from dist_train.checkpoint import verify
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.manifest import Manifest, step_name
 from dist_train.checkpoint.ownership import read_owner
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Operation, Store
+from dist_train.checkpoint.stripping import strip
 from dist_train.checkpoint.verify import verify_checkpoint
 from dist_train.cli import main
 from dist_train.errors import StopReason
@@ -355,6 +357,23 @@ def test_progress_is_shown_on_a_terminal_only(copy: Path, monkeypatch: pytest.Mo
     assert main(["prune", str(copy), "--keep-last", "2", "--yes"]) == 0
     assert "verify step-00000060  " in terminal.getvalue()
     assert terminal.getvalue().endswith("\r"), "the live line is taken away"
+
+
+def test_what_is_stripped_while_it_is_verified_is_no_damage(
+    copy: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = verify.verify_checkpoint
+
+    def strip_first(store: Store, path: str, one: Manifest, **more: Any) -> Any:
+        if path.endswith(step_name(55)) and one.stripped_from is None:
+            strip(store, path, one)
+        return original(store, path, one, **more)
+
+    monkeypatch.setattr(verify, "verify_checkpoint", strip_first)
+    assert call("verify", copy)[0] == 0
+    assert manifests(copy)[11].stripped_from is not None
+    assert call("prune", copy, "--keep-last", 2, "--keep-best", 0, "--yes")[0] == 0
+    assert epochs_kept(copy) == [11, 12]
 
 
 # pin, unpin

@@ -332,6 +332,18 @@ def test_the_budget_yields_to_the_law_and_says_by_how_much() -> None:
     assert judge(rows, CheckpointPolicy()).shortfall == 0
 
 
+def test_the_newest_outlives_the_budget_even_unproven() -> None:
+    rows = verified([row(1), row(2), row(3)], "1", "2")
+    assert delete(rows, CheckpointPolicy(keep_last=3, max_bytes=1)) == []
+    assert delete(rows, CheckpointPolicy(keep_last=1, keep_every_steps=1, max_bytes=1)) == ["1"]
+
+
+def test_what_goes_on_request_is_not_said_to_go_for_the_budget() -> None:
+    rows: list[Any] = [hold(row(1), place="abandoned"), row(2)]
+    verdict = judge(rows, CheckpointPolicy(max_bytes=1), unwanted=["abandoned"])
+    assert reasons(verdict)["1"] == "left behind by a branch"
+
+
 def test_stripping_comes_before_deleting_for_the_budget() -> None:
     rows: list[Any] = [row(n) for n in range(1, 5)]
     policy = CheckpointPolicy(keep_last=4, keep_optimizer=2, max_bytes=2 * FULL + 2 * WEIGHTS)
