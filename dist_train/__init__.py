@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from dist_train.errors import DistTrainError, ExitCode, StopReason
     from dist_train.history import read_metrics
     from dist_train.metrics import MAE, SMAPE, Accuracy, EarlyStopping, Mean, Metric
-    from dist_train.run import Run, RunOptions
+    from dist_train.options import RunOptions
+    from dist_train.run import Run
     from dist_train.trainer import TrainConfig, Trainer, TrainResult, seed_everything
     from dist_train.world import init_distributed
 
@@ -31,7 +32,7 @@ _HOMES = {
     "Mean": "metrics",
     "Metric": "metrics",
     "Run": "run",
-    "RunOptions": "run",
+    "RunOptions": "options",
     "SMAPE": "metrics",
     "StopReason": "errors",
     "TrainConfig": "trainer",

@@ -53,6 +53,11 @@ class Beginning:
         return self.opened.path if self.opened else None
 
     @property
+    def rank_states(self) -> list[Json]:
+        """What the checkpoint holds of each rank."""
+        return self.opened.manifest.rank_state if self.opened else []
+
+    @property
     def saved_step(self) -> int:
         """The step that this run directory holds already, -1 where there is none."""
         here = self.opened is not None and self.opened.origin is self._store

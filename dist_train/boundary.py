@@ -31,9 +31,9 @@ class Boundary:
 
     Args:
         snapshot: what to save now, given the reason; collective.
-        on_event: called with each thing that the writer has done, after people were told.
         deadline: of the session; only the main rank's has a limit.
         max_steps: stop as done after this many optimizer updates.
+        on_commit: told of each durable checkpoint, and whether an error is ending the run; on the main rank.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Boundary:
         reporter: Reporter,
         *,
         snapshot: Snapshot,
-        on_event: Callable[[Event], None],
         deadline: Deadline,
         max_steps: int | None,
+        on_commit: Callable[[Committed, bool], None],
     ) -> None:
         self.stop: StopReason | None = None
         """Agreed by all ranks."""
@@ -61,9 +61,9 @@ class Boundary:
         self._progress = progress
         self._reporter = reporter
         self._snapshot = snapshot
-        self._on_event = on_event
         self._deadline = deadline
         self._max_steps = max_steps
+        self._on_commit = on_commit
         self._agreement = Agreement(world)
         self._save_requested = self._wait_requested = False
         self._committed_step = -1
@@ -173,7 +173,7 @@ class Boundary:
             f"again."
         )
 
-    def report(self, events: list[Event]) -> None:
+    def report(self, events: list[Event], *, after_error: bool = False) -> None:
         """Tells people and the run what the writer has done."""
         for event in events:
             if isinstance(event, Committed):
@@ -184,7 +184,8 @@ class Boundary:
         counts = {"failures": keeper.failures, "most_failures": self._policy.max_failed_saves}
         self._reporter.report(events, newest=keeper.committed_step, **counts)
         for event in events:
-            self._on_event(event)
+            if isinstance(event, Committed):
+                self._on_commit(event, after_error)
 
     def report_time_limit(self) -> None:
         """Why the run stopped before its end."""

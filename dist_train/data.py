@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -27,7 +28,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
 from dist_train.errors import ConfigError
-from dist_train.order import EpochLayout, derive_seed, require_at_least_one, sample_order, split
+from dist_train.order import (
+    EpochLayout,
+    GivenOrder,
+    OrderFunction,
+    Positions,
+    derive_seed,
+    require_at_least_one,
+    sample_order,
+    split,
+)
 
 _DECIDED_HERE: Final = {"batch_size", "sampler", "batch_sampler", "shuffle", "drop_last", "generator", "in_order"}
 _ORPHAN_SECONDS: Final = 2.0  # how often a worker looks whether its parent is still there
@@ -42,6 +52,13 @@ class SampleKey(NamedTuple):
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a key
+    use: int = 0
+    """How many times an `order` used it before in this epoch."""
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """What its randomness is seeded from, besides the run's seed."""
+        return tuple(self) if self.use else (self.epoch, self.index)
 
 
 class ResumableSampler(Sampler[list[SampleKey]]):
@@ -61,8 +78,9 @@ class ResumableSampler(Sampler[list[SampleKey]]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        order: OrderFunction | None = None,
     ) -> None:
-        """Starts at epoch 0, sample 0. Raises ConfigError for sizes, or a rank, that cannot work."""
+        """Starts at epoch 0, sample 0. Raises ConfigError for sizes, a rank or an order that cannot work."""
         _require_rank(rank, world_size)
         self._layout = EpochLayout(
             num_samples=num_samples,
@@ -71,21 +89,28 @@ class ResumableSampler(Sampler[list[SampleKey]]):
             world_size=world_size,
             drop_last=drop_last,
         )
-        if self._layout.num_windows == 0:
-            raise ConfigError(
-                f"drop_last leaves nothing: {num_samples} samples, global_batch_size {global_batch_size}; "
-                "use a smaller global_batch_size or drop_last=False"
-            )
+        self._given = None if order is None else GivenOrder(order, num_samples)
         self.num_samples, self.shuffle, self.seed, self.drop_last = num_samples, shuffle, seed, drop_last
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
-        self._epoch = 0
+        self.set_position(epoch=0)
 
     def set_position(self, *, epoch: int, samples_into_epoch: int = 0) -> None:
         """Where the next iterator starts; running ones are not disturbed. Raises ConfigError outside the epoch."""
         if epoch < 0:
             raise ConfigError(f"epoch must be at least 0, found {epoch}")
-        self._epoch, self._layout = epoch, replace(self._layout, start=samples_into_epoch)
+        count = self.num_samples if self._given is None else len(self._given.at(epoch)[0])
+        if samples_into_epoch == 0 and self.drop_last and count < self.global_batch_size:
+            raise ConfigError(
+                f"drop_last leaves nothing: {count} samples, global_batch_size {self.global_batch_size}; "
+                "use a smaller global_batch_size or drop_last=False"
+            )
+        self._epoch, self._layout = epoch, replace(self._layout, num_samples=count, start=samples_into_epoch)
+
+    @property
+    def order(self) -> dict[str, Any] | None:
+        """Which order the present epoch has, for a comparison at a resume; None for the built-in one."""
+        return None if self._given is None else {"epoch": self._epoch, "digest": self._given.digest(self._epoch)}
 
     @property
     def epoch(self) -> int:
@@ -105,13 +130,21 @@ class ResumableSampler(Sampler[list[SampleKey]]):
         return self._key_lists(self._epoch, self._layout)
 
     def _key_lists(self, epoch: int, layout: EpochLayout) -> Iterator[list[SampleKey]]:
-        order = sample_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        keys_at = self._keys_of(epoch)
         for first in range(0, layout.num_micro_steps, _STEPS_PER_BLOCK):
             steps = range(first, min(first + _STEPS_PER_BLOCK, layout.num_micro_steps))
             batches = [layout.micro_batch(step, self.rank) for step in steps]
-            indices = iter(order(np.concatenate([np.arange(batch.start, batch.stop) for batch in batches])).tolist())
+            keys = keys_at(np.concatenate([np.arange(batch.start, batch.stop) for batch in batches]))
             for batch in batches:
-                yield [SampleKey(epoch, next(indices)) for _ in range(batch.start, batch.stop)]
+                yield [next(keys) for _ in range(batch.start, batch.stop)]
+
+    def _keys_of(self, epoch: int) -> Callable[[Positions], Iterator[SampleKey]]:
+        """The epoch's samples, by positions of its order."""
+        if self._given is None:
+            order = sample_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+            return lambda positions: (SampleKey(epoch, index) for index in order(positions).tolist())
+        indices, uses = self._given.at(epoch)
+        return lambda positions: map(SampleKey, repeat(epoch), indices[positions].tolist(), uses[positions].tolist())
 
 
 class ShardSampler(Sampler[list[SampleKey]]):
@@ -165,10 +198,10 @@ class SeededDataset(Dataset[Any]):
     def __getitems__(self, keys: list[SampleKey]) -> SeededSamples:
         """The DataLoader's call: one save and restore of the generators for the whole micro-batch."""
         with _training_rngs_kept():
-            return SeededSamples([self._sample(key) for key in keys], (self.seed, *keys[0], _COLLATE))
+            return SeededSamples([self._sample(key) for key in keys], (self.seed, *keys[0].words, _COLLATE))
 
     def _sample(self, key: SampleKey) -> Any:
-        _seed_rngs(self.seed, *key)
+        _seed_rngs(self.seed, *key.words)
         return self.inner[key.index]
 
 
@@ -233,7 +266,8 @@ def data_loader(
     *,
     global_batch_size: int,
     micro_batch_size: int | None = None,
-    shuffle: bool = True,
+    shuffle: bool | None = None,
+    order: OrderFunction | None = None,
     seed: int = 0,
     num_workers: int = 0,
     drop_last: bool = False,
@@ -247,7 +281,10 @@ def data_loader(
         dataset: Map-style, with `__len__`; every rank has the same one.
         global_batch_size: Samples of one optimizer update over all ranks.
         micro_batch_size: Most samples of one forward pass; None is the rank's whole share of an update.
-        shuffle: A new order each epoch, from (seed, epoch); otherwise the dataset's own.
+        shuffle: A new order each epoch, from (seed, epoch), unless it is False: then the dataset's own.
+        order: Instead of `shuffle`: `order(epoch)` gives the indices of an epoch, for weighted sampling (repeats are
+            allowed) or samples grouped by length; as many as it likes. Called once an epoch in each process, it must
+            be a function of the epoch alone: seed its generator with it.
         seed: Of the order, and of the randomness in samples and collation.
         num_workers: Processes that make samples; it does not change them.
         drop_last: Leave out an epoch's last update if it is short; otherwise it is weighted by its samples.
@@ -259,15 +296,18 @@ def data_loader(
         ConfigError: A dataset without length or without samples, a size below 1, or options that contradict.
     """
     rank, world_size = _resolve_world(rank, world_size)
+    if order is not None and shuffle:
+        raise ConfigError("order and shuffle=True contradict: let order(epoch) return the indices shuffled.")
     sampler = ResumableSampler(
         _count_samples(dataset),
         global_batch_size=global_batch_size,
         micro_batch_size=-(-global_batch_size // world_size) if micro_batch_size is None else micro_batch_size,
-        shuffle=shuffle,
+        shuffle=order is None and shuffle is not False,
         seed=seed,
         rank=rank,
         world_size=world_size,
         drop_last=drop_last,
+        order=order,
     )
     return _seeded_loader(dataset, sampler, seed, num_workers, loader_options)
 
@@ -352,8 +392,9 @@ def training_sampler(loader: Any) -> ResumableSampler | None:
 def describe_sampler(loader: Any) -> dict[str, Any]:
     """What decides which samples are used when; empty for a loader that is not ours."""
     sampler = training_sampler(loader)
-    keys = ("num_samples", "global_batch_size", "micro_batch_size", "shuffle", "seed", "drop_last")
-    return {} if sampler is None else {key: getattr(sampler, key) for key in keys if hasattr(sampler, key)}
+    keys = ("num_samples", "global_batch_size", "micro_batch_size", "shuffle", "seed", "drop_last", "order")
+    found = {} if sampler is None else {key: getattr(sampler, key) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:

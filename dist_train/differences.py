@@ -6,17 +6,16 @@ Invariant: a difference is a warning and never an error; what is an error is ref
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from dist_train.data import training_sampler
 from dist_train.environment import compare_environments, inexact_reasons
 
 logger = logging.getLogger(__name__)
 Json = Any
-_ORDER = frozenset({"num_samples", "seed", "shuffle"})
+_ORDER = frozenset({"num_samples", "seed", "shuffle", "order"})
 
 
 def warn_of_inexact_device(device: torch.device) -> None:
@@ -32,14 +31,29 @@ def warn_of_environment(then: dict[str, Json], now: dict[str, Json]) -> list[str
     return differences
 
 
-def warn_of_foreign_loader(loader: Any | None) -> None:
-    """A loader that `dist_train.data_loader` did not make cannot be resumed inside an epoch."""
-    if loader is not None and training_sampler(loader) is None:
+def warn_of_user_loader(kind: str, caveats: Sequence[str]) -> None:
+    """What a training loader that `dist_train.data_loader` did not make cannot do exactly, by name."""
+    for caveat in caveats:
         logger.warning(
-            "The Run was given a %s that is not from dist_train.data_loader: a resumed epoch begins again at its first "
-            "sample, and is not the one that was killed.",
-            type(loader).__name__,
+            "A resume within an epoch will not be exact with this %s, which is not from dist_train.data_loader: %s.",
+            kind,
+            caveat,
         )
+
+
+def warn_of_no_loader() -> None:
+    logger.warning(
+        "The Run was given no training loader: a resumed epoch begins again at its first batch. Give it as loader=."
+    )
+
+
+def warn_of_dropped_window(kind: str) -> None:
+    logger.warning(
+        "The epoch ended inside a window of accumulated batches, and %s has no length to tell it in time: the "
+        "gradients of that window are dropped, in this and each further epoch. Give it a number of batches that the "
+        "accumulation divides, or a length.",
+        kind,
+    )
 
 
 def warn_of_unregistered(path: str, state: Mapping[str, Json], registered: Collection[str]) -> None:
@@ -59,6 +73,16 @@ def compare_data(
 ) -> dict[str, tuple[Json, Json]]:
     """Settings of the data that have changed: name -> (then, today); another order in mid-epoch is warned of."""
     changed = {key: (then[key], today[key]) for key in today if key in then and then[key] != today[key]}
+    changed.pop("order", None)
+    if in_mid_epoch and today and (order := _compare_orders(then.get("order"), today.get("order"))):
+        changed["order"] = order
     if in_mid_epoch and changed.keys() & _ORDER:
         logger.warning("The order of samples has changed in mid-epoch: this epoch mixes two orders.")
     return {f"data.{key}": pair for key, pair in changed.items()}
+
+
+def _compare_orders(then: Json, today: Json) -> tuple[Json, Json] | None:
+    """Of one epoch; None where they are the same."""
+    if then == today:
+        return None
+    return tuple("built-in" if one is None else one["digest"][:8] for one in (then, today))  # type: ignore[return-value]

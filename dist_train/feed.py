@@ -1,5 +1,9 @@
 """Batches into a loop, one micro-batch at a time, and what Accelerate's accumulation must be told.
 
+    training_batches    of our loader: the layout says which batch ends a window
+    user_batches        of a training loader of the user's: Accelerate says it, without it every batch does
+    plain_batches       not trained on, or of a run that was not given its loader: then as above
+
 Invariant: the position moves when a batch was consumed (`consume`), never when a loader read ahead.
 """
 
@@ -7,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +19,7 @@ import torch
 from dist_train.data import move_batch
 from dist_train.errors import ConfigError
 from dist_train.order import EpochLayout, MicroBatch
+from dist_train.user_loader import UserLoader
 
 _LONE_UPDATE = MicroBatch(
     start=0, stop=1, weight=1.0, num_samples=1, window_samples=0, ends_window=True, ends_epoch=False
@@ -32,29 +38,49 @@ class BatchFeed:
         """The micro-batch that was given out last."""
         self.in_window = False
         """Gradients of a part of a window are accumulated; nothing can be saved."""
+        self.needs_batch = False
+        """The run has a training loader: what is consumed must come from it."""
         self._accelerator = accelerator
         self._device = device
         self._rank = rank
         self._consumed = True
-        self._num_samples = 1
+        self._length: int | None = None
+        self._windows_are_laid_out = False
+        self._user: UserLoader | None = None
 
     @property
     def knows_epoch_end(self) -> bool:
-        """Whether the batch that was given out last came from a training loader of ours."""
+        """Whether the batch that was given out last came from the run's training loader."""
         return self.micro is not _LONE_UPDATE
 
     @property
     def share_of_epoch(self) -> float | None:
         """How much of the epoch was given out, from 0 to 1; None where nobody knows."""
-        return self.micro.stop / self._num_samples if self.knows_epoch_end else None
+        return self.micro.stop / self._length if self._length and self.knows_epoch_end else None
+
+    @property
+    def ends_window(self) -> bool:
+        """Whether an optimizer update belongs to the batch at hand."""
+        if self._windows_are_laid_out:
+            return self.micro.ends_window
+        return self._accelerator is None or bool(self._accelerator.sync_gradients)
 
     def training_batches(self, loader: Any, layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
         """The rest of the epoch from the loader's position. The loader's iterator is made at once."""
-        self._num_samples = layout.num_samples
+        self._windows_are_laid_out, self._user, self._length = True, None, layout.num_samples
         if self._accelerator is not None:
             self._accelerator.gradient_accumulation_steps = layout.accumulation_steps
             self._accelerator.step = 0  # a position is a window's beginning; an interrupted one may have left a count
         return self._give_out(iter(loader), layout, should_stop)
+
+    def user_batches(self, user: UserLoader, should_stop: Callable[[], bool], *, is_complete: bool) -> Iterator[Any]:
+        """The rest of the epoch from the loader's position, which is found at once. An epoch of a loader of unknown
+        length may end inside a window.
+        """
+        self._windows_are_laid_out, self._user, self._length = False, user, user.num_batches
+        if self._accelerator is not None:
+            self._accelerator.step = 0
+        return self._give_out_user(user, user.iterate(is_complete=is_complete), should_stop)
 
     def plain_batches(self, loader: Any, should_stop: Callable[[], bool]) -> Iterator[Any]:
         """Batches that are not trained on."""
@@ -64,15 +90,22 @@ class BatchFeed:
             yield move_batch(batch, self._device)
 
     def consume(self) -> MicroBatch:
-        """The loop is done with its batch.
+        """The loop is done with its batch; afterwards `in_window` says whether an update was made.
 
         Raises:
-            ConfigError: the window is complete, but Accelerate has not synchronised gradients.
+            ConfigError: there is no such batch, or Accelerate has not synchronised gradients at the window's end.
         """
         if self._consumed and self.knows_epoch_end:
             raise ConfigError("run.step() was called twice after one batch; call it once a batch, after the update.")
+        if self._consumed and self.needs_batch:
+            raise ConfigError(
+                "run.step() was called without a batch of the training loader: iterate `run.batches(loader)` over the "
+                "very loader that the Run was given (not a wrapper of it, and no other one)."
+            )
         self._consumed = True
-        self.in_window = not self.micro.ends_window
+        if self._user is not None:
+            self._user.batches += 1
+        self.in_window = not self.ends_window
         if not self.in_window and self._accelerator is not None and not self._accelerator.sync_gradients:
             raise ConfigError(
                 "The window of the global batch is complete, but Accelerate did not synchronise gradients. Put the "
@@ -80,17 +113,49 @@ class BatchFeed:
             )
         return self.micro
 
+    def _give_out_user(
+        self, user: UserLoader, batches: Iterator[Any], should_stop: Callable[[], bool]
+    ) -> Iterator[Any]:
+        first, steps = user.batches, self._accumulation_steps
+        with self._epoch_end() as end:
+            # The end is asked for even when a stop is known: what comes after it must not depend on when it came.
+            while user.batches == self._length or not should_stop():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    user.is_exhausted = True
+                    return
+                index = user.batches
+                begun = index - (index - first) % steps
+                in_window = steps if self._length is None else max(min(steps, self._length - begun), 1)
+                end.end_of_dataloader = index + 1 == self._length
+                weight, ends_epoch = steps / in_window, end.end_of_dataloader
+                self.micro = replace(_LONE_UPDATE, start=index, stop=index + 1, weight=weight, ends_epoch=ends_epoch)
+                self._consumed = False
+                yield move_batch(batch, self._device)
+                self._require_consumed()
+
+    @property
+    def _accumulation_steps(self) -> int:
+        return 1 if self._accelerator is None else int(self._accelerator.gradient_accumulation_steps)
+
     def _give_out(self, batches: Iterator[Any], layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
         with self._epoch_end() as end:
             for micro_step in range(layout.num_micro_steps):
                 if should_stop():
                     return
-                self.micro = layout.micro_batch(micro_step, self._rank)
+                self.micro = self._weighed(layout.micro_batch(micro_step, self._rank), layout)
                 end.end_of_dataloader = self.micro.ends_epoch
                 batch = next(batches)
                 self._consumed = False
                 yield move_batch(batch, self._device)
                 self._require_consumed()
+
+    def _weighed(self, micro: MicroBatch, layout: EpochLayout) -> MicroBatch:
+        """The layout's weight counts on Accelerate's `backward`, which divides by the accumulation; a bare one does
+        not.
+        """
+        return micro if self._accelerator else replace(micro, weight=micro.weight / layout.accumulation_steps)
 
     @contextmanager
     def _epoch_end(self) -> Iterator[_EpochEnd]:
@@ -113,5 +178,5 @@ class BatchFeed:
 class _EpochEnd:
     """What Accelerate's gradient state asks of a loader."""
 
-    end_of_dataloader = False
+    end_of_dataloader: bool = False
     remainder = -1

@@ -66,15 +66,27 @@ def fold_metrics(lines: Iterable[str], attempt: int | None = None) -> list[dict[
             starts[record["attempt"]] = record
         else:
             own.setdefault(record["attempt"], {})[record["record"]] = record
+    history: list[dict[str, Json]] = []
+    for number, keep in reversed(_chain(starts, attempt)):
+        history = [record for record in history if record["record"] < keep] + list(own.get(number, {}).values())
+    return [_as_measured(record) for record in history]
+
+
+def chain_of_attempts(lines: Iterable[str]) -> list[int]:
+    """The attempts whose records make up the history of the newest one, oldest first."""
+    records = [record for line in lines if (record := parse_line(line)) is not None]
+    starts = {record["attempt"]: record for record in records if record.get("kind") == "attempt"}
+    return [number for number, _ in reversed(_chain(starts, None))]
+
+
+def _chain(starts: dict[int, Json], attempt: int | None) -> list[tuple[int, int]]:
+    """Attempt and what it keeps of its parent's history, from the newest back."""
     wanted = attempt if attempt is not None else max(starts, default=0)
     chain: list[tuple[int, int]] = []
     while wanted in starts:
         chain.append((wanted, starts[wanted]["keep"]))
         wanted = starts[wanted]["parent_attempt"]
-    history: list[dict[str, Json]] = []
-    for number, keep in reversed(chain):
-        history = [record for record in history if record["record"] < keep] + list(own.get(number, {}).values())
-    return [_as_measured(record) for record in history]
+    return chain
 
 
 def rows_by_step(history: Iterable[dict[str, Json]]) -> dict[int, dict[str, float]]:

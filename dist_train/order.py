@@ -6,9 +6,10 @@ memory and no time. It holds no data and no position: see `data`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -95,6 +96,64 @@ class Permutation:
 def sample_order(size: int, *, seed: int, epoch: int, shuffle: bool) -> Callable[[Positions], Positions]:
     """The order of an epoch: a function from positions to dataset indices, the identity without `shuffle`."""
     return Permutation(size, derive_seed(seed, epoch, ORDER_SEED)) if shuffle else lambda positions: positions
+
+
+OrderFunction = Callable[[int], Sequence[int] | npt.NDArray[Any]]
+"""The user's order of an epoch: dataset indices, of any length, repeats allowed; a pure function of the epoch."""
+
+
+class GivenOrder:
+    """Orders that a function of the user's gives: asked once an epoch, checked, and kept for that epoch."""
+
+    def __init__(self, function: OrderFunction, num_samples: int) -> None:
+        """`num_samples`: of the dataset, which the indices point into."""
+        self._function = function
+        self._num_samples = num_samples
+        self._epoch = -1
+        self._indices: Positions = np.zeros(0, dtype=np.int64)
+        self._uses: Positions = self._indices
+
+    def at(self, epoch: int) -> tuple[Positions, Positions]:
+        """The epoch's indices, and for each how many times its sample was used before in that epoch.
+
+        Raises:
+            ConfigError: what the function returned is no order of this dataset.
+        """
+        if epoch != self._epoch:
+            self._indices = self._checked(epoch, self._function(epoch))
+            self._uses = _earlier_uses(self._indices)
+            self._epoch = epoch
+        return self._indices, self._uses
+
+    def digest(self, epoch: int) -> str:
+        """32 hexadecimal digits; another order has others."""
+        indices, _ = self.at(epoch)
+        return hashlib.blake2b(indices.astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+    def _checked(self, epoch: int, given: object) -> Positions:
+        found = np.asarray(given)
+        if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
+            raise ConfigError(
+                f"order({epoch}) gave {found.dtype} of shape {list(found.shape)}; it must return at least one dataset "
+                f"index, as a flat sequence of whole numbers."
+            )
+        low, high = int(found.min()), int(found.max())
+        if low < 0 or high >= self._num_samples:
+            raise ConfigError(
+                f"order({epoch}) gave indices from {low} to {high}; the dataset has {self._num_samples} samples, "
+                f"indices 0 to {self._num_samples - 1}."
+            )
+        return found.astype(np.int64)
+
+
+def _earlier_uses(indices: Positions) -> Positions:
+    """For each place, at how many earlier places the same index stands."""
+    by_index = np.argsort(indices, kind="stable")
+    ordered = indices[by_index]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    uses = np.empty_like(indices)
+    uses[by_index] = np.arange(len(indices)) - np.repeat(starts, np.diff(np.r_[starts, len(indices)]))
+    return uses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

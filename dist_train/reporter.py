@@ -101,6 +101,15 @@ class Reporter:
         parts += [f"Train Loss: {self.loss:.4f}"] if self.loss is not None else []
         self.console.show(" - ".join(parts))
 
+    def replay(self, done: int, total: int) -> None:
+        """The live line while a loader's consumed batches are gone through again."""
+        now = self._clock()
+        if done == total:
+            self.console.end_live()
+        elif self.console.is_live and now - self._shown_at >= LIVE_SECONDS:
+            self._shown_at = now
+            self.console.show(f"Finding the place in the training loader: batch {done} of {total} ({done / total:.0%})")
+
     def epoch(self, completed: int, train_loss: float | None, metrics: Mapping[str, float]) -> None:
         self.console.end_live()
         loss = "" if train_loss is None else f" - Train Loss: {train_loss:.4f}"

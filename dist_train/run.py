@@ -13,28 +13,27 @@ depends on nothing that the checkpoint does not hold. It does no file operation 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
-from dist_train import differences
+from dist_train import misuse
 from dist_train.beginning import Beginning
 from dist_train.boundary import Boundary, make_deadline
+from dist_train.callbacks import Callback, Callbacks, has_state, name_of
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
-from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Committed, Event
-from dist_train.data import describe_sampler, training_sampler
+from dist_train.checkpoint.writer import Committed
+from dist_train.ending import Ending
 from dist_train.environment import describe_environment
-from dist_train.errors import EXIT_CODES, ConfigError, RunInUseError, StopReason
+from dist_train.errors import ConfigError, StopReason
 from dist_train.feed import BatchFeed
-from dist_train.metrics import EarlyStopping
+from dist_train.intake import Intake
+from dist_train.options import RunOptions
 from dist_train.progress import RunProgress
 from dist_train.replicas import evaluating, fix_bucket_layout
 from dist_train.reporter import Reporter
@@ -43,30 +42,7 @@ from dist_train.tracking import Tracking
 from dist_train.tree import encode
 from dist_train.world import World, current_world
 
-logger = logging.getLogger(__name__)
 Json = Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """What a run can be told besides its objects."""
-
-    early_stopping: EarlyStopping | None = None
-    max_steps: int | None = None
-    """Stop as done after this many optimizer updates."""
-    log_every_steps: int = 50
-    """Optimizer updates between records of the training loss; reading it waits for the device."""
-    config: Mapping[str, Json] | None = None
-    """The user's own settings, recorded in every manifest."""
-    search: Sequence[str] = ()
-    """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
-    max_time: str | float | None = None
-    """How long the session lasts, "11h30m" for instance: the run stops and saves by itself before it is over. Counted
-    from DIST_TRAIN_SESSION_START (Unix time) where that is set, else from the start of the launcher."""
-    time_reserve: str | float | None = None
-    """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
-    open_store: Callable[[str], Store] = Store
-    """Where the run directory lives."""
 
 
 class Run:
@@ -103,25 +79,33 @@ class Run:
         self.run_dir = str(run_dir)
         self.accelerator = accelerator
         self.world: World = current_world()
-        self.reason: StopReason | None = None
-        self.epoch_is_complete = False
         self._options = options or RunOptions()
         self._policy = policy or DEFAULT_POLICY
         self._resume = resume
-        self._loader = loader
         self._models = _named(model)
+        misuse.refuse_prepared(_named(scheduler), loader)
         scaler = getattr(accelerator, "scaler", None)
         self._live = LiveState(
             models=self._models, optimizers=_named(optimizer), schedulers=_named(scheduler), scaler=scaler
         )
         self._config = encode(dict(self._options.config or {}), "config", {})
-        self._require_one_world()
+        self._watch = misuse.ParameterWatch(self._live.models, self._live.optimizers)
+        misuse.require_one_world(accelerator, self.world)
         self._store = self._options.open_store(self.run_dir)
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
+        self._callbacks = Callbacks(self)
+        self._intake = Intake(
+            self._feed,
+            self._progress,
+            should_stop=lambda: self.should_stop,
+            show_replay=self._reporter.replay,
+            drop_window=self._drop_gradients,
+        )
+        self._intake.adopt(loader)
         self._beginning = Beginning(
             self._store, self.world, self._checkpointer, self._live, self._progress, self._reporter
         )
@@ -132,10 +116,15 @@ class Run:
             self._progress,
             self._reporter,
             snapshot=self._snapshot,
-            on_event=self._on_event,
             deadline=make_deadline(self._options.max_time, self._options.time_reserve, is_main=self.world.is_main),
             max_steps=self._options.max_steps,
+            on_commit=self._on_commit,
         )
+        on_stop = self._callbacks.tell_of_stop
+        self._ending = Ending(
+            self._checkpointer, self._boundary, self._progress, self._reporter, self._tracking, on_stop
+        )
+        self._entered = self._begun = self._in_epoch = False
 
     # What a loop may ask
 
@@ -180,19 +169,36 @@ class Run:
         return self._beginning.resumed_from
 
     @property
+    def epoch_is_complete(self) -> bool:
+        """Whether every batch of the epoch is trained on, and its evaluation is what remains."""
+        return self._intake.epoch_is_complete
+
+    @property
     def should_stop(self) -> bool:
         """Agreed by all ranks at a step boundary."""
         return self._boundary.stop is not None
 
     @property
     def loss_weight(self) -> float:
-        """Multiply the micro-batch's mean loss by it: 1 but for short windows and uneven shares."""
+        """Multiply the micro-batch's mean loss by it: 1 but for short windows and uneven shares. Without Accelerate,
+        whose `backward` divides by the accumulation, it is the micro-batch's share of its window.
+        """
         return self._feed.micro.weight
+
+    @property
+    def updates_now(self) -> bool:
+        """Whether the batch at hand ends its window: the optimizer steps now (with Accelerate: `sync_gradients`)."""
+        return self._feed.ends_window
 
     @property
     def exit_code(self) -> int:
         """For `sys.exit`."""
-        return int(EXIT_CODES[self.reason]) if self.reason else 1
+        return self._ending.exit_code
+
+    @property
+    def reason(self) -> StopReason | None:
+        """Why the run ended, None before it has."""
+        return self._ending.reason
 
     @property
     def device(self) -> torch.device:
@@ -211,58 +217,24 @@ class Run:
             fix_bucket_layout(model)
         try:
             self._beginning.enter(self._resume, self._environment, self.device)
+            self._intake.restore(self._beginning.rank_states, self.world.rank, self.world.world_size)
             self._tracking.start(
                 self._checkpointer.run_id, self._progress.now, self._config, self._beginning.origin_of_run
             )
         except BaseException:
             self._checkpointer.close(failed=True)
             raise
+        misuse.note_open(self.run_dir, self)
         self._boundary.open(self._beginning.saved_step)
-        self._write_status("running")
+        self._entered = True
+        self._ending.write_status("running")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._reporter.console.end_live()
-        if error is None or (isinstance(error, SystemExit) and not error.code):
-            self._leave()
-        else:
-            self._leave_after(error)
-
-    def _leave(self) -> None:
-        self.reason = self.reason or self._boundary.stop or StopReason.DONE
-        try:
-            self._boundary.save_end(in_window=self._feed.in_window)
-        except BaseException as error:
-            self._leave_after(error)
-            raise
-        self._boundary.report(self._checkpointer.close())
-        self._reporter.events.write("stopped", reason=self.reason, global_step=self.global_step)
-        self._write_status(self.reason)
-        if self._checkpointer.committed is not None:
-            self._tracking.settle(self._checkpointer.committed, at_end=True)
-        self._tracking.finish()
-        if self.reason is StopReason.TIME_LIMIT:
-            self._boundary.report_time_limit()
-
-    def _leave_after(self, error: BaseException) -> None:
-        """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
-        self.reason = StopReason.INTERRUPTED if isinstance(error, KeyboardInterrupt) else StopReason.ERROR
-        lost = isinstance(error, RunInUseError)
-        self._boundary.report(self._checkpointer.close(failed=True))
-        if not lost:
-            self._reporter.events.write(
-                "stopped", reason=self.reason, global_step=self.global_step, error=_one_line(error)
-            )
-            self._write_status(self.reason, error=_one_line(error))
-        self._tracking.finish()
-
-    def _write_status(self, status: str, error: str = "") -> None:
-        if self._checkpointer.is_lost:  # what becomes of an old attempt is no news of the run
-            return
-        code = None if status == "running" else self.exit_code
-        self._reporter.status(status, code, self._progress.now, self._checkpointer.attempt, error)
+        self._in_epoch = False
+        self._ending.leave(error, in_window=self._feed.in_window)
 
     def register(self, name: str, one: Stateful) -> None:
         """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
@@ -280,36 +252,54 @@ class Run:
         self._live.registered[name] = one
         self._beginning.register(name)
 
+    def on(self, event: str, callback: Callback, *, name: str | None = None) -> None:
+        """Calls `callback(happening)` when `event` happens; see `dist_train.callbacks` for the events.
+
+        Args:
+            callback: a function, which needs nothing more; an object with `state_dict` and `load_state_dict`, too, is
+                saved and restored, and must be given before `epochs` is called.
+            name: of such an object in the checkpoint; its class's name by default.
+        """
+        if self._callbacks.add(event, callback) and has_state(callback):
+            self.register(f"callback.{name or name_of(callback)}", cast(Stateful, callback))
+
     # The loop
 
     def epochs(self, count: int) -> Iterator[int]:
-        """0-based epoch indices from where the run stands to `count`; ends early on a stop."""
+        """0-based epoch indices from where the run stands to `count`; ends early on a stop.
+
+        May be called again after it has ended, with a higher count: a further phase of training.
+        """
+        misuse.require_used_right(entered=self._entered, call="run.epochs()")
+        if self._in_epoch:
+            raise ConfigError("run.epochs() was called inside its own loop; one loop goes over the epochs of a run.")
         self._begin(count)
         while self._progress.now.epochs_completed < count and not self.should_stop:
-            # Without a training loader of ours nobody but the loop knows when an epoch is over: at the body's end.
-            self.epoch_is_complete = training_sampler(self._loader) is None
-            self._beginning.restore_rng(for_good=self._progress.now.samples_into_epoch == 0)
+            self._intake.begin_epoch()
+            self._beginning.restore_rng(for_good=not self._intake.is_mid_epoch)
             before = self._progress.now
-            yield self.epoch
-            self.end_epoch()
-            if self._progress.now == before and not self.should_stop:
+            self._in_epoch = True
+            try:
+                yield self.epoch
+            finally:
+                self._in_epoch = False
+            if self._progress.now == before and not (self._intake.has_ended or self.should_stop):
                 raise ConfigError(
                     f"Epoch {self.epoch + 1} trained nothing: iterate `run.batches(loader)` over the training loader "
                     f"that the Run was given, and call run.step() once a batch."
                 )
+            self.end_epoch()
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Batches on the device: of a training loader from the exact next sample; ends early on a stop."""
-        sampler = training_sampler(loader)
-        if sampler is None:
-            yield from self._feed.plain_batches(loader, lambda: self.should_stop and not self.epoch_is_complete)
+        misuse.require_used_right(entered=self._entered, call="run.batches()")
+        if not self._intake.is_training(loader):
+            yield from self._intake.other_batches(loader)
             return
-        sampler.set_position(epoch=self.epoch, samples_into_epoch=self._progress.now.samples_into_epoch)
-        self.epoch_is_complete = sampler.layout.num_micro_steps == 0
-        batches = self._feed.training_batches(loader, sampler.layout, lambda: self.should_stop)
-        self._beginning.restore_rng(
-            for_good=True
-        )  # whatever the loop did at the top of the epoch was done before the kill, too
+        misuse.require_used_right(entered=True, in_epoch=self._in_epoch, call="run.batches(training loader)")
+        batches = self._intake.training_batches()
+        # Whatever the loop did at the top of the epoch was done before the kill, too.
+        self._beginning.restore_rng(for_good=True)
         yield from batches
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -318,39 +308,52 @@ class Run:
         Args:
             loss: the micro-batch's mean loss before `loss_weight`, for the logs; never forces a device synchronisation.
         """
+        misuse.require_used_right(entered=self._entered, in_epoch=self._in_epoch, call="run.step()")
         micro = self._feed.consume()
         if loss is not None:
             self._progress.meter.add(loss, micro.num_samples)
-        if not micro.ends_window:
+        if self._feed.in_window:
             return
         skipped = self.accelerator is not None and self.accelerator.optimizer_step_was_skipped
         self._progress.count_update(micro, skipped=skipped)
         if self._feed.knows_epoch_end:
-            self.epoch_is_complete = micro.ends_epoch
+            self._intake.epoch_is_complete = micro.ends_epoch
         if not skipped and self.global_step % self._options.log_every_steps == 0:
             self._log_step()
         self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch)
+        self._callbacks.tell("step")
         self._reach_boundary(ends_epoch=micro.ends_epoch)
 
     def end_epoch(self, **metrics: float) -> None:
-        """After the epoch's last batch and its evaluation. Does nothing when a stop cut the epoch short."""
+        """After the epoch's last batch and its evaluation. Does nothing when a stop cut the epoch short.
+
+        Left out, `epochs` does it without metrics.
+        """
+        misuse.require_used_right(entered=self._entered, call="run.end_epoch()")
         if not self.epoch_is_complete:
             return
-        self.epoch_is_complete = False
         values = self._progress.end_epoch(metrics)
+        self._intake.end_epoch()
         self._tracking.add(self.global_step, values)
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
         self._reporter.epoch(self.epochs_completed, self._progress.train_loss, self._progress.metrics)
         if self._progress.patience_is_over:
             self._boundary.stop = self._boundary.stop or StopReason.EARLY_STOPPED
+        self._callbacks.tell("epoch_end", metrics=self.metrics)
         self._reach_boundary(ends_epoch=True, evaluated=True)
 
-    def evaluation(self) -> AbstractContextManager[nn.Module]:
-        """The only model, unwrapped, in eval mode, with the main rank's buffers and without gradients. Collective."""
-        if len(self._models) != 1:
-            raise ConfigError("run.evaluation() serves a run with one model; for several use model.eval() yourself.")
-        (model,) = self._models.values()
-        return evaluating(model, self.world)
+    def evaluation(self, name: str = "") -> AbstractContextManager[nn.Module]:
+        """A model, unwrapped, in eval mode, with the main rank's buffers and without gradients. Collective.
+
+        Args:
+            name: of one of several models, or of a registered module (an average of the weights); not needed for an
+                only model.
+        """
+        modules = {key: one for key, one in self._live.registered.items() if isinstance(one, nn.Module)} | self._models
+        if name not in modules:
+            known = ", ".join(repr(key) for key in modules) or "none"
+            raise ConfigError(f"run.evaluation({name!r}): there is no such model; the names are {known}.")
+        return evaluating(modules[name], self.world)
 
     def stop(self, reason: StopReason = StopReason.DONE) -> None:
         """Asks all ranks to stop at the next agreement; may be called on any rank."""
@@ -363,6 +366,7 @@ class Run:
             wait: go on only when the checkpoint is durable, or has failed and was reported; inside a window it is the
                 `step` that ends it which waits.
         """
+        misuse.require_used_right(entered=self._entered, call="run.save()")
         if self._feed.in_window:
             self._boundary.request_save(wait=wait)
             return
@@ -372,22 +376,27 @@ class Run:
 
     # Inside the loop
 
-    _begun = False
-
     def _begin(self, count: int) -> None:
         self._reporter.epochs = count
         if self._begun:
             return
         self._begun = True
-        differences.warn_of_foreign_loader(self._loader)
-        self._beginning.begin(describe_sampler(self._loader))
+        self._intake.warn()
+        self._beginning.begin(self._intake.describe())
         if self._progress.patience_is_over:
             self._boundary.stop = StopReason.EARLY_STOPPED
         elif self._boundary.reached_max_steps and self._progress.now.evaluation != "pending":
             self._boundary.stop = StopReason.DONE
         elif self._options.max_time is not None and self.epochs_completed < count:
             self._boundary.begin_session()
-        self._checkpointer.dry_run(self._live.capture())
+        capture = self._live.capture()
+        self._watch.require_captured(capture, self._live.registered)
+        self._checkpointer.dry_run(capture)
+        self._callbacks.tell("resumed" if self.resumed_from else "started", path=self.resumed_from or "")
+
+    def _drop_gradients(self) -> None:
+        for one in [*self._models.values(), *self._live.optimizers.values()]:
+            one.zero_grad()
 
     def _log_step(self) -> None:
         rates = [group["lr"] for optimizer in self._live.optimizers.values() for group in optimizer.param_groups]
@@ -398,40 +407,37 @@ class Run:
 
     def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
+        misuse.require_newest(self.run_dir, self)
         is_last = self.epochs_completed >= self._reporter.epochs
         evaluation_is_near = not self._feed.knows_epoch_end
         agreed = self._boundary.agree(
             ends_epoch=ends_epoch, evaluated=evaluated, is_last=is_last, evaluation_is_near=evaluation_is_near
         )
         if self._boundary.is_leaving and not evaluated:
-            self.epoch_is_complete = False
+            self._intake.epoch_is_complete = False
+        if self._boundary.stop is not None:
+            self._callbacks.tell_of_stop(self._boundary.stop)
         self._boundary.save_if_due(agreed, ends_epoch=ends_epoch, evaluated=evaluated)
 
-    def _on_event(self, event: Event) -> None:
-        if isinstance(event, Committed):
-            self._tracking.settle(event.manifest.progress)
+    def _on_commit(self, event: Committed, after_error: bool) -> None:
+        self._tracking.settle(event.manifest.progress)
+        if not after_error:
+            self._callbacks.tell_of_commit(self._store.shown(event.path), event.manifest)
 
     def _snapshot(self, reason: str) -> tuple[Capture, Draft]:
-        return self._live.capture(), self._progress.draft(reason, self._settings(), self._environment)
+        self._watch.require_unchanged()
+        capture = self._live.capture()
+        capture.rank_state.update(self._intake.capture())
+        return capture, self._progress.draft(reason, self._settings(), self._environment)
 
     def _settings(self) -> dict[str, Json]:
         """Each setting's value at construction, for the manifest."""
         config = {
             "policy": self._policy.to_json(),
             "user": self._config,
-            "data": describe_sampler(self._loader),
+            "data": self._intake.describe(),
         }
         return {**self._live.settings, "config": config}
-
-    # Misuse, caught
-
-    def _require_one_world(self) -> None:
-        if self.accelerator is not None and self.accelerator.num_processes != self.world.world_size:
-            raise ConfigError(
-                f"{self.world.world_size} processes were launched, but the Accelerator believes in "
-                f"{self.accelerator.num_processes}. Call dist_train.init_distributed() before Accelerator() is made "
-                f"(on a machine without a GPU, Accelerator(cpu=True) does it too)."
-            )
 
 
 def _named(objects: Any) -> dict[str, Any]:
@@ -439,7 +445,3 @@ def _named(objects: Any) -> dict[str, Any]:
     if objects is None or objects == ():
         return {}
     return dict(objects) if isinstance(objects, Mapping) else {"": objects}
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0]

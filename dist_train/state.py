@@ -73,7 +73,7 @@ class LiveState:
     ) -> None:
         self.models = {name: innermost_module(model) for name, model in models.items()}
         self.optimizers = {name: innermost_optimizer(optimizer) for name, optimizer in optimizers.items()}
-        self.schedulers = {name: getattr(one, "scheduler", one) for name, one in (schedulers or {}).items()}
+        self.schedulers = dict(schedulers or {})
         self.scaler = scaler
         self.registered: dict[str, Stateful] = {}
         self._own_buffers = any(_keeps_own_buffers(model) for model in models.values())
@@ -90,8 +90,20 @@ class LiveState:
             capture.state[place] = _capture_optimizer(optimizer, place, names, capture.tensors)
         for place, one in self._plain_objects():
             capture.state[place] = encode(one.state_dict(), place, capture.tensors)
+        self._tie_registered(capture)
         capture.rank_state["rng"] = capture_rng()
         return capture
+
+    def _tie_registered(self, capture: Capture) -> None:
+        """A registered module's buffers are the main rank's; what it shares with a model is stored once."""
+        models = {storage_key(value): name for name, value in capture.tensors.items() if name.startswith("model/")}
+        for name in [name for name in capture.tensors if name.startswith("user/")]:
+            if first := models.get(storage_key(capture.tensors[name])):
+                capture.aliases[name] = first
+                del capture.tensors[name]
+        for name, one in self.registered.items():
+            if isinstance(one, nn.Module):
+                capture.main_only |= {f"user/{name}/{key}" for key, _ in one.named_buffers()} & capture.tensors.keys()
 
     def restore(
         self,
@@ -126,12 +138,11 @@ class LiveState:
             then, today = settings.get(place), self.settings[place]
             _restore_optimizer(optimizer, place, names, source, state[place], (then, today, changes))
         for place, one in self._plain_objects():
-            if place == "scaler" or place not in state:
-                continue
-            json = state[place]
-            if place in self.settings:
-                json = merge_settings(json, settings.get(place), self.settings[place], place, changes)
-            one.load_state_dict(decode(json, self._loader(source)))
+            if place != "scaler" and place in state:
+                json = state[place]
+                if place in self.settings:
+                    json = merge_settings(json, settings.get(place), self.settings[place], place, changes)
+                self._load_plain(one, place, json, source)
         return changes
 
     def restore_registered(self, name: str, state: Mapping[str, Json], source: TensorSource) -> None:
@@ -146,7 +157,21 @@ class LiveState:
                 f"The checkpoint holds nothing for the registered {name!r}. Register it from the first start of a run "
                 f"on: give another run_dir, or leave it out to continue this run."
             )
-        self.registered[name].load_state_dict(decode(state[place], self._loader(source)))
+        self._load_plain(self.registered[name], place, state[place], source)
+
+    def _load_plain(self, one: Any, place: str, json: Json, source: TensorSource) -> None:
+        """A module's tensors are filled where they lie: an average of a model needs no third copy of it."""
+        live: dict[str, torch.Tensor] = {}
+        if isinstance(one, nn.Module):
+            encode(one.state_dict(), place, live)
+
+        def load(name: str, device: str) -> Any:
+            if name not in live or source.describe(name) != (tuple(live[name].shape), live[name].dtype):
+                return self._loader(source)(name, device)
+            source.fill(name, live[name])
+            return live[name]
+
+        one.load_state_dict(decode(json, load))
 
     def _loader(self, source: TensorSource) -> Any:
         parameter = next((p for model in self.models.values() for p in model.parameters()), None)

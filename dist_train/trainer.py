@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dist_train.callbacks import Callback
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.parents import find_parents
 from dist_train.checkpoint.policy import CheckpointPolicy
@@ -24,7 +25,8 @@ from dist_train.checkpoint.store import Store
 from dist_train.data import data_loader, evaluation_loader
 from dist_train.errors import ConfigError, StopReason
 from dist_train.metrics import EarlyStopping, Mean, Metric
-from dist_train.run import Run, RunOptions
+from dist_train.options import RunOptions
+from dist_train.run import Run
 from dist_train.world import current_world, init_distributed
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -128,6 +130,7 @@ class Trainer:
         scheduler: stepped once an optimizer update; ReduceLROnPlateau once an epoch, by the monitored metric.
         metrics: by name, for instance `{"val_smape": SMAPE()}`; `val_loss` is always measured.
         collate_fn: makes a batch of samples; torch's default otherwise.
+        callbacks: by event, a function or several: `{"committed": offer_download}`; see `dist_train.callbacks`.
     """
 
     def __init__(
@@ -142,11 +145,13 @@ class Trainer:
         scheduler: Any | None = None,
         metrics: Mapping[str, Metric] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        callbacks: Mapping[str, Callback | Sequence[Callback]] | None = None,
     ) -> None:
         self.config = config
         self.loss = loss
         self.metrics = dict(metrics or {})
         self.scheduler = scheduler
+        self.callbacks = dict(callbacks or {})
         if self.metrics and eval_data is None:
             raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
         if "val_loss" in self.metrics:
@@ -182,6 +187,7 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
         with self._run() as run:
+            self._add_callbacks(run)
             for _ in run.epochs(self.config.epochs):
                 self.model.train()
                 for batch in run.batches(self.train_loader):
@@ -275,6 +281,11 @@ class Trainer:
                 config=asdict(config),
             ),
         )
+
+    def _add_callbacks(self, run: Run) -> None:
+        for event, given in self.callbacks.items():
+            for callback in given if isinstance(given, Sequence) else [given]:
+                run.on(event, callback)
 
     def _global_batch_size(self) -> int:
         """Fixed at the first start, so that another world size trains the same windows. Collective."""

@@ -166,3 +166,32 @@ def merge_settings(current: Json, then: Json, today: Json, place: str, changes: 
 
 def _are_objects(value: Json) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def encode_whole(value: Any, place: str) -> Json:
+    """JSON that holds its tensors, too, for small values that are no part of any file; see `decode_whole`.
+
+    Raises:
+        UnsaveableStateError: see `encode`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    json = encode(value, place, tensors)
+    return {"value": json, "tensors": {name: _whole_tensor(tensor) for name, tensor in tensors.items()}}
+
+
+def _whole_tensor(tensor: torch.Tensor) -> Json:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": shape, "bytes": base64.b64encode(flat.numpy().tobytes()).decode()}
+
+
+def decode_whole(json: Json) -> Any:
+    """The value that `encode_whole` was given; tensors come back on the CPU."""
+    return decode(json["value"], lambda name, device: _tensor_of(json["tensors"][name]))
+
+
+def _tensor_of(json: Json) -> torch.Tensor:
+    data = bytearray(base64.b64decode(json["bytes"]))
+    dtype: torch.dtype = getattr(torch, json["dtype"])
+    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(json["shape"])

@@ -41,7 +41,8 @@ from dist_train.checkpoint.restorer import Opened, Restorer
 from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
-from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, describe_error, discard
+from dist_train.checkpoint.trash import discard
+from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, describe_error
 from dist_train.console import bytes_text
 from dist_train.errors import DistTrainError, SaveFailedError
 from dist_train.state import Capture

@@ -7,19 +7,26 @@ no file.
 from __future__ import annotations
 
 import os
-import shutil
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
+from dist_train.checkpoint.text import (
+    age_text,
+    counted,
+    labelled,
+    number_text,
+    some_names,
+    table,
+    value_text,
+    when_text,
+    wrap,
+)
 from dist_train.console import bytes_text, metric_text
 
 Json = Any
 Facts = Mapping[str, Json]
 _SHOWN_FILES = 16
-_SHOWN_NAMES = 6
 _LEFTOVERS = {
     "abandoned": "left behind by a branch in checkpoints/abandoned/",
     "saving": "being written, or torn (.saving-)",
@@ -31,12 +38,12 @@ def list_lines(rows: Sequence[Facts], leftovers: Mapping[str, Mapping[str, int]]
     """All of `ls`."""
     usable = [row for row in rows if "problem" not in row]
     size = bytes_text(sum(row["bytes"] for row in usable))
-    lines = [*_list_table(rows), "", f"{_count(len(usable), 'checkpoint')}, {size}"] if rows else []
+    lines = [*_list_table(rows), "", f"{counted(len(usable), 'checkpoint')}, {size}"] if rows else []
     lines += _leftover_lines(leftovers)
     unusable = [row for row in rows if "problem" in row]
     lines += ["", "cannot be used:"] if unusable else []
     for row in unusable:
-        lines += [f"  {os.path.basename(row['path'])}", *_wrap(row["problem"].rstrip("."), "    ")]
+        lines += [f"  {os.path.basename(row['path'])}", *wrap(row["problem"].rstrip("."), "    ")]
     return lines
 
 
@@ -44,10 +51,10 @@ def show_lines(run: Facts, one: Facts) -> list[str]:
     """All of `show`."""
     return [
         f"Run {run['run_dir']}",
-        *_pairs(_run_pairs(run)),
+        *labelled(_run_pairs(run)),
         "",
         f"Checkpoint {one['path']}",
-        *_pairs({**_progress_pairs(one), **_settings_pairs(one)}),
+        *labelled({**_progress_pairs(one), **_settings_pairs(one)}),
         "",
         *_contents(one),
     ]
@@ -56,17 +63,17 @@ def show_lines(run: Facts, one: Facts) -> list[str]:
 def result_lines(result: Facts, name: str, width: int) -> list[str]:
     """What `verify` says of one checkpoint; `width` is that of the longest name."""
     if result["ok"]:
-        return [f"ok       {name:{width}}  {bytes_text(result['bytes'])} in {_count(result['files'], 'file')}"]
+        return [f"ok       {name:{width}}  {bytes_text(result['bytes'])} in {counted(result['files'], 'file')}"]
     indent = " " * 9
     lines = [f"DAMAGED  {name}"]
     for damage in result["damages"]:
         start, stop = damage["start"], damage["stop"]
         span = "" if start is None else f", bytes {start} to {stop - 1}"
-        lines += _wrap(f"{damage['file']}{span}: {damage['problem'].rstrip('.')}", indent)
+        lines += wrap(f"{damage['file']}{span}: {damage['problem'].rstrip('.')}", indent)
         if damage["tensors"]:
-            lines += _wrap(f"tensors there: {_names(damage['tensors'])}", indent)
+            lines += wrap(f"tensors there: {some_names(damage['tensors'])}", indent)
         elif damage["tensors"] is None:
-            lines += _wrap("its header cannot be read: any tensor of the file may be wrong", indent)
+            lines += wrap("its header cannot be read: any tensor of the file may be wrong", indent)
     return lines
 
 
@@ -75,13 +82,13 @@ def verdict_lines(count: int, damaged: int, num_bytes: int, seconds: float) -> l
     speed = f", {bytes_text(num_bytes / seconds)}/s" if num_bytes and seconds >= 0.1 else ""
     read = f"{bytes_text(num_bytes)} read in {seconds:.1f} s{speed}"
     if not damaged:
-        return _wrap(f"{_count(count, 'checkpoint')} verified: every byte is as committed ({read})")
+        return wrap(f"{counted(count, 'checkpoint')} verified: every byte is as committed ({read})")
     text = (
-        f"{damaged:,} of {_count(count, 'checkpoint')} {'is' if damaged == 1 else 'are'} damaged ({read}). A resume "
+        f"{damaged:,} of {counted(count, 'checkpoint')} {'is' if damaged == 1 else 'are'} damaged ({read}). A resume "
         f"verifies first, sets what is damaged aside and takes the newest whole checkpoint, or starts anew if there is "
         f"none. To use a damaged one itself, put the named files back from a copy; and check the disk."
     )
-    return ["", *_wrap(text)]
+    return ["", *wrap(text)]
 
 
 # ls
@@ -94,27 +101,27 @@ def _list_table(rows: Sequence[Facts]) -> list[str]:
     cells = [
         [
             _step_text(row),
-            _text(row["epochs_completed"]),
-            _text(row["sequence"]),
+            value_text(row["epochs_completed"]),
+            value_text(row["sequence"]),
             bytes_text(row["bytes"]),
-            *(_number(monitor, row["metrics"].get(monitor)) for monitor in monitors),
-            _number("loss", row["train_loss"]),
-            _when(row["committed_at"], now),
+            *(number_text(monitor, row["metrics"].get(monitor)) for monitor in monitors),
+            number_text("loss", row["train_loss"]),
+            when_text(row["committed_at"], now),
             ", ".join(_marks(row)),
         ]
         for row in rows
     ]
-    return _table([header, *cells], left={len(header) - 2, len(header) - 1})
+    return table([header, *cells], left={len(header) - 2, len(header) - 1})
 
 
 def _step_text(row: Facts) -> str:
     """The step; with its number where it is a further copy of the same step."""
     copy = os.path.basename(row["path"]).rpartition("step-")[2].partition(".")[2]
-    return _text(row["step"]) + (f".{copy}" if copy else "")
+    return value_text(row["step"]) + (f".{copy}" if copy else "")
 
 
 def _marks(row: Facts) -> list[str]:
-    marks = [name for name in ("latest", "best") if row[name]]
+    marks = [name.replace("_", " ") for name in ("latest", "best", "pinned", "weights_only") if row[name]]
     return ["corrupt", *marks] if "problem" in row else marks
 
 
@@ -131,11 +138,11 @@ def _leftover_lines(leftovers: Mapping[str, Mapping[str, int]]) -> list[str]:
 def _run_pairs(run: Facts) -> dict[str, str]:
     unusable = f", and {run['unusable']} that cannot be used" if run["unusable"] else ""
     return {
-        "id": _text(run["run_id"]),
-        "created": _when(run["created"]),
+        "id": value_text(run["run_id"]),
+        "created": when_text(run["created"]),
         "status": _status_text(run["status"] or {}, run["owner"]),
         "error": (run["status"] or {}).get("error", ""),
-        "attempts": _text(run["attempts"]),
+        "attempts": value_text(run["attempts"]),
         "checkpoints": f"{run['checkpoints']}{unusable}",
         "newest": os.path.basename(run["newest"] or ""),
         "best": os.path.basename(run["best"] or ""),
@@ -147,7 +154,7 @@ def _status_text(status: Facts, owner: Facts | None) -> str:
     if not status:
         return "not written yet"
     code = "" if status.get("exit_code") is None else f" (exit code {status['exit_code']})"
-    epochs = _count(status.get("epochs_completed", 0), "epoch")
+    epochs = counted(status.get("epochs_completed", 0), "epoch")
     held = ""
     if owner and not owner["released"] and status.get("status") != "killed":
         held = f"; held by process {owner['pid']} on {owner['hostname']}"
@@ -156,8 +163,9 @@ def _status_text(status: Facts, owner: Facts | None) -> str:
 
 def _progress_pairs(one: Facts) -> dict[str, str]:
     return {
-        "committed": f"{_when(one['committed_at'])} ({_age(one['committed_at'], time.time())})",
+        "committed": f"{when_text(one['committed_at'])} ({age_text(one['committed_at'], time.time())})",
         "reason": f"{one['reason']}, attempt {one['attempt']}, sequence {one['sequence']}",
+        "kept": _kept_text(one),
         "progress": _progress_text(one),
         "train loss": "" if one["train_loss"] is None else metric_text("loss", one["train_loss"]),
         "metrics": ", ".join(f"{name} {metric_text(name, value)}" for name, value in one["metrics"].items()),
@@ -165,16 +173,22 @@ def _progress_pairs(one: Facts) -> dict[str, str]:
     }
 
 
+def _kept_text(one: Facts) -> str:
+    kind = "weights-only" if one["weights_only"] else "in part"
+    fresh = f"{kind} (a resume starts fresh: {', '.join(one['absent'])})" if one["absent"] else ""
+    return ", ".join(part for part in ("pinned" if one["pinned"] else "", fresh) if part)
+
+
 def _progress_text(one: Facts) -> str:
     progress = one["progress"]
     samples, total = progress["samples_into_epoch"], (one["data"] or {}).get("num_samples")
-    parts = [f"step {progress['global_step']:,}", f"{_count(progress['epochs_completed'], 'epoch')} completed"]
+    parts = [f"step {progress['global_step']:,}", f"{counted(progress['epochs_completed'], 'epoch')} completed"]
     if samples:
         parts.append(f"{samples:,}{f' of {total:,}' if total else ''} samples into epoch {progress['epoch'] + 1}")
     if progress["evaluation"] == "pending":
         parts.append("its evaluation is pending")
     if progress["skipped_updates"]:
-        parts.append(f"{_count(progress['skipped_updates'], 'update')} skipped by the GradScaler")
+        parts.append(f"{counted(progress['skipped_updates'], 'update')} skipped by the GradScaler")
     return ", ".join(parts)
 
 
@@ -195,7 +209,7 @@ def _settings_pairs(one: Facts) -> dict[str, str]:
     return {
         "learning rate": "; ".join(dict.fromkeys(map(_rate_text, one["learning_rates"]))),
         "global batch": f"{data['global_batch_size']}{micro}" if data.get("global_batch_size") else "",
-        "world size": _text(one["world_size"]),
+        "world size": value_text(one["world_size"]),
         "policy": _settings_text(one["policy"]),
         "data": _settings_text({name: value for name, value in data.items() if name not in shown_already}),
         "config": _settings_text(one["config"]),
@@ -229,7 +243,7 @@ def _contents(one: Facts) -> list[str]:
     files = [[name, bytes_text(size)] for name, size in one["files"].items()]
     hidden = len(files) - _SHOWN_FILES
     more = [f"... and {hidden} more (--json lists them all)"] if hidden > 0 else []
-    lines = [*_table(rows, left={0}), "", *_table(files[:_SHOWN_FILES], left={0}), *more, "", *_memory_lines(one)]
+    lines = [*table(rows, left={0}), "", *table(files[:_SHOWN_FILES], left={0}), *more, "", *_memory_lines(one)]
     return [f"  {line}".rstrip() for line in lines]
 
 
@@ -240,67 +254,3 @@ def _memory_lines(one: Facts) -> list[str]:
         f"{bytes_text(one['bytes'])} on disk",
         f"{bytes_text(max(sizes))} of host memory for a save{rank}",
     ]
-
-
-# Text
-
-
-def _table(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
-    """Aligned lines: the columns of `left` to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        [cell.ljust(width) if index in left else cell.rjust(width) for index, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    ]
-    return ["  ".join(cells).rstrip() for cells in aligned]
-
-
-def _pairs(pairs: Mapping[str, str]) -> list[str]:
-    """Labels and values; empty values are left out."""
-    lines: list[str] = []
-    for label, value in pairs.items():
-        lines += _wrap(value, " " * 17, first=f"  {label:13}  ") if value else []
-    return lines
-
-
-def _wrap(text: str, indent: str = "", first: str | None = None) -> list[str]:
-    width = min(max(shutil.get_terminal_size().columns, 60), 120)
-    start = indent if first is None else first
-    wrapper = textwrap.TextWrapper(
-        width, initial_indent=start, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-    return wrapper.wrap(text)
-
-
-def _names(names: Sequence[str]) -> str:
-    hidden = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {hidden} more" if hidden > 0 else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _text(value: Json) -> str:
-    return "-" if value is None else str(value)
-
-
-def _number(name: str, value: float | None) -> str:
-    return "-" if value is None else metric_text(name, value)
-
-
-def _when(seconds: float | None, now: float | None = None) -> str:
-    """Local time; the age instead while it is under a day, where `now` is given."""
-    if seconds is None:
-        return "-"
-    if now is not None and now - seconds < 86400:
-        return _age(seconds, now)
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
-
-
-def _age(seconds: float, now: float) -> str:
-    age = max(now - seconds, 0.0)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if age >= length:
-            return f"{age // length:.0f} {unit} ago"
-    return f"{age:.0f} s ago"

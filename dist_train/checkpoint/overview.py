@@ -28,6 +28,7 @@ from dist_train.checkpoint.manifest import (
     parse_step_name,
 )
 from dist_train.checkpoint.ownership import Owner, newest_attempt, read_owner
+from dist_train.checkpoint.pins import is_pinned, read_pins
 from dist_train.checkpoint.selection import best_path, find_checkpoints, newest_path
 from dist_train.checkpoint.store import Store
 from dist_train.errors import CheckpointError
@@ -45,17 +46,17 @@ _ASIDE = re.compile(rf"{re.escape(CORRUPT_PREFIX)}a(?P<attempt>\d+)-(?P<name>.+)
 def list_rows(store: Store) -> list[dict[str, Json]]:
     """Every checkpoint of the run, oldest first, those that cannot be used with their `problem`."""
     found = find_checkpoints(store)
-    latest, best = newest_path(found), best_path(found)
-    rows = [{**_row(store, one), "latest": one.path == latest, "best": one.path == best} for one in found]
+    latest, best, pins = newest_path(found), best_path(found), read_pins(store)
+    rows = [{**_row(store, one, pins), "latest": one.path == latest, "best": one.path == best} for one in found]
     aside = [name for name in store.list(CHECKPOINTS) if name.startswith(CORRUPT_PREFIX)]
     reasons = _reasons(store, aside)
     for name in aside:
         one = read_checkpoint(store, f"{CHECKPOINTS}/{name}")
-        rows.append({**_row(store, one), "latest": False, "best": False, "problem": reasons[name]})
+        rows.append({**_row(store, one, pins), "latest": False, "best": False, "problem": reasons[name]})
     return sorted(rows, key=lambda row: -1 if row["sequence"] is None else row["sequence"])
 
 
-def _row(store: Store, one: Found) -> dict[str, Json]:
+def _row(store: Store, one: Found, pins: frozenset[str]) -> dict[str, Json]:
     manifest = one.manifest
     name = os.path.basename(one.path)
     aside = _ASIDE.match(name)
@@ -69,6 +70,8 @@ def _row(store: Store, one: Found) -> dict[str, Json]:
         "train_loss": manifest.train_loss if manifest else None,
         "committed_at": manifest.committed_at if manifest else None,
         "path": store.shown(one.path),
+        "pinned": is_pinned(manifest, pins),
+        "weights_only": manifest is not None and "optimizer" in manifest.absent,
     }
     return row if one.problem is None else {**row, "problem": problem_text(one.problem)}
 
@@ -182,6 +185,10 @@ def describe_checkpoint(store: Store, path: str, manifest: Manifest) -> dict[str
         "metrics": dict(manifest.metrics),
         "best": None if best is None else {name: getattr(best, name) for name in best.__slots__},
         "learning_rates": _learning_rates(manifest),
+        "pinned": is_pinned(manifest, read_pins(store)),
+        "weights_only": "optimizer" in manifest.absent,
+        "absent": manifest.absent,
+        "stripped_from": manifest.stripped_from,
         "policy": config.get("policy"),
         "data": config.get("data"),
         "config": config.get("user"),

@@ -98,6 +98,13 @@ class CheckpointReader:
             return _view(*parts[0])
         return self.create(name, torch.device("cpu"))
 
+    def forget(self, name: str) -> int:
+        """Lets the memory go that reading a tensor took; returns its bytes in the files."""
+        parts = self._parts.get(self._resolve(name), [])
+        for data, part in parts:
+            _forget(data, part)
+        return sum(part.num_bytes for _, part in parts)
+
     def _resolve(self, name: str) -> str:
         return self._manifest.aliases.get(name, name)
 

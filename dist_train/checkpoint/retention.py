@@ -172,9 +172,9 @@ class _Choice:
 
     def strip(self, holdings: Iterable[Holding], policy: CheckpointPolicy) -> None:
         count = policy.keep_optimizer
-        newest = "the newest keeps" if count == 1 else f"the newest {count} keep"
+        older = "older than the newest" if count == 1 else f"older than the newest {count}"
         for one in holdings:
-            reason = f"{self._decisions[one.path].reason}; only {newest} the optimizer"
+            reason = f"{self._decisions[one.path].reason}; {older}"
             self._decisions[one.path] = Decision(holding=one, action="strip", reason=reason)
 
     def fit(self, kept: Iterable[Holding], policy: CheckpointPolicy, besides: int) -> None:
@@ -267,9 +267,9 @@ def _why_kept(one: Holding, run_id: str, reasons: dict[str, list[str]]) -> str:
     if one.manifest is not None and one.manifest.run_id != run_id:
         return "belongs to another run"
     if one.place == "abandoned":
-        return one.protected or "left behind by a branch; given up on request or for the budget only"
+        return one.protected or "left behind by a branch"
     if one.place == "corrupt":
-        return one.protected or "cannot be used; given up on request or for the budget only"
+        return one.protected or "set aside, cannot be used"
     return ", ".join(reasons.get(one.path, ["stays until enough newer ones are verified"]))
 
 

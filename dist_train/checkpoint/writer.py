@@ -25,7 +25,6 @@ from dist_train.checkpoint.manifest import (
     MANIFEST_NAME,
     METRICS_LOG,
     MODEL_INDEX,
-    TRASH_PREFIX,
     FileEntry,
     Manifest,
 )
@@ -34,6 +33,7 @@ from dist_train.checkpoint.plan import Plan
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
 from dist_train.checkpoint.tensor_file import DTYPES
+from dist_train.checkpoint.trash import discard
 from dist_train.checkpoint.verify import RunningDigest
 from dist_train.errors import DeadlineError, DistTrainError, LauncherLostError, RunInUseError
 from dist_train.world import Mailbox, World
@@ -303,25 +303,6 @@ def commit(store: Store, ownership: Ownership | None, job: SaveJob, receipts: li
     store.rename(job.staging, f"{CHECKPOINTS}/{job.target}")
     store.sync_directory(CHECKPOINTS)
     return manifest
-
-
-def discard(store: Store, path: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
-    """Takes a folder out of the way first and removes it then; a kill in between leaves only trash.
-
-    Args:
-        unless: asked when the folder is out of the way; it is put back where this says so.
-
-    Returns:
-        Whether nothing is there under that name any more.
-    """
-    trash = f"{CHECKPOINTS}/{TRASH_PREFIX}{time.monotonic_ns()}-{path.rsplit('/', 1)[-1].lstrip('.')}"
-    with contextlib.suppress(OSError):
-        store.rename(path, trash)
-        if unless():
-            store.rename(trash, path)
-        else:
-            store.remove_tree(trash)
-    return not store.exists(path)
 
 
 def _merge_receipts(job: SaveJob, receipts: list[Json]) -> dict[str, FileEntry]:

@@ -7,6 +7,7 @@ from `checkpoint.listing`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -37,6 +38,17 @@ def add_commands(add: AddCommand) -> None:
     which: dict[str, Any] = {"type": selector, "metavar": "WHICH"}
     names = "latest, best, epoch:N, step:N or a path"
     show.add_argument("--checkpoint", default="latest", help=f"{names}; latest by default", **which)
+    show.add_argument(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="besides, a picture of loss and metrics; NAME-OF-RUN.png by default",
+    )
+    show.add_argument(
+        "--with", action="append", default=[], dest="others", metavar="RUN", help="another run in the plot"
+    )
+    show.add_argument("--log", action="store_true", help="the plot's loss on a logarithmic scale")
     verify = add("verify", _verify, "Read every byte and compare it with what was committed.")
     choice = verify.add_mutually_exclusive_group()
     choice.add_argument("--checkpoint", help=f"{names}; by default every checkpoint of the run", **which)
@@ -56,14 +68,24 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     store = open_run(args.run_dir)
+    plot = None if args.plot is None else _plot(store, args)
     home, found = select_checkpoint(store, args.checkpoint)
     if found.manifest is None:
         return refuse(f"{found.problem} Choose another one: `dist-train ls {args.run_dir}` lists them.")
     facts = {"run": describe_run(store), "checkpoint": describe_checkpoint(home, found.path, found.manifest)}
     if args.json:
-        return print_json(facts)
+        return print_json(facts if plot is None else {**facts, "plot": plot})
     print_lines(show_lines(facts["run"], facts["checkpoint"]))
+    print_lines([] if plot is None else ["", f"Plot written: {plot}"])
     return ExitCode.OK
+
+
+def _plot(store: Store, args: argparse.Namespace) -> str:
+    from dist_train.commands.plot import write_plot
+
+    path = args.plot or f"{os.path.basename(os.path.abspath(args.run_dir))}.png"
+    write_plot([store, *map(open_run, args.others)], path, log_scale=args.log)
+    return str(path)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -24,7 +24,8 @@ from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Operation, Store
 from dist_train.data import data_loader
 from dist_train.metrics import EarlyStopping
-from dist_train.run import Run, RunOptions
+from dist_train.options import RunOptions
+from dist_train.run import Run
 
 NUM_SAMPLES = 20
 GLOBAL_BATCH = 4

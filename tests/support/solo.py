@@ -22,7 +22,8 @@ import torch
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.data import data_loader
 from dist_train.errors import StopReason
-from dist_train.run import Run, RunOptions
+from dist_train.options import RunOptions
+from dist_train.run import Run
 from tests.support.specimen import Augmented, build_model, build_optimizer, loss_fn
 
 NUM_SAMPLES = 40

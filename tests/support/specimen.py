@@ -118,6 +118,7 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="no BatchNorm, dropout and noise")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep at each micro-step")
     parser.add_argument("--samples", default="", help="folder to record consumed samples in")
+    parser.add_argument("--world-size", type=int, default=0, help="how many ranks there must be; 0 for any number")
     args = parser.parse_args()
 
     import dist_train as dt
@@ -161,6 +162,7 @@ def train_with_trainer(args: argparse.Namespace) -> int:
         metrics={"val_mae": dt.MAE()},
         config=config,
     )
+    assert args.world_size in (0, trainer.accelerator.num_processes), f"{trainer.accelerator.num_processes} ranks"
     return trainer.fit().exit_code
 
 

@@ -19,7 +19,8 @@ from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.errors import ConfigError, StopReason
 from dist_train.health.deadline import SESSION_START, Deadline, session_start
 from dist_train.metrics import EarlyStopping
-from dist_train.run import Run, RunOptions
+from dist_train.options import RunOptions
+from dist_train.run import Run
 from dist_train.trainer import TrainConfig
 from dist_train.world import SoloWorld
 from tests.support.small_run import UPDATES_PER_EPOCH, SmallRun, events_of, manifests_of, metric_of_step, status_of

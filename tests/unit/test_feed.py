@@ -54,13 +54,21 @@ def test_batches_come_in_order_and_the_window_ends_after_4_8_and_10() -> None:
     assert ends == [4, 8, 10]
 
 
-def test_the_weight_is_that_of_the_batch_given_out_last() -> None:
-    feed = BatchFeed(None, CPU, rank=0)
+def weights_of(one: Any) -> list[float]:
+    feed = BatchFeed(one, CPU, rank=0)
     weights = []
     for _ in feed.training_batches(batches(10), LAYOUT, never):
         weights.append(feed.micro.weight)
         feed.consume()
-    assert weights == [1.0] * 8 + [2.0] * 2
+    return weights
+
+
+def test_with_accelerate_the_weight_makes_up_for_its_division_in_short_windows() -> None:
+    assert weights_of(accelerator()) == [1.0] * 8 + [2.0] * 2
+
+
+def test_without_accelerate_the_weights_of_a_window_add_up_to_one() -> None:
+    assert weights_of(None) == [0.25] * 8 + [0.5] * 2
 
 
 def test_accelerate_is_told_the_accumulation_and_where_the_epoch_ends() -> None:

@@ -279,7 +279,7 @@ def test_older_ones_lose_the_optimizer_and_a_pinned_one_does_not() -> None:
     rows: list[Any] = [hold(row(1, 1.0)), hold(row(2), pinned=True), row(3), row(4), row(5), row(6)]
     verdict = judge(rows, CheckpointPolicy(keep_last=4, keep_optimizer=2))
     assert paths(verdict, "strip") == ["1", "3", "4"]
-    assert reasons(verdict)["1"] == "best val; only the newest 2 keep the optimizer"
+    assert reasons(verdict)["1"] == "best val; older than the newest 2"
     assert verdict.bytes_now - verdict.bytes_after == 3 * OPTIMIZER
 
 

@@ -920,10 +920,10 @@ def test_evaluation_puts_modes_back_when_it_fails(run_dir: Path) -> None:
     assert all(module.training for module in loop.prepared.modules())
 
 
-def test_evaluation_of_several_models_is_left_to_the_loop(run_dir: Path) -> None:
+def test_evaluation_of_several_models_asks_for_a_name(run_dir: Path) -> None:
     with (
         Run(str(run_dir), model={"a": smooth_model(), "b": smooth_model()}) as run,
-        pytest.raises(ConfigError, match="one model"),
+        pytest.raises(ConfigError, match="there is no such model; the names are 'a', 'b'"),
     ):
         run.evaluation()
 
@@ -1018,7 +1018,8 @@ def test_a_batch_without_run_step_is_an_error(run_dir: Path) -> None:
 def test_accumulation_without_accumulate_is_an_error(run_dir: Path) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     loader = data_loader(Numbered(), global_batch_size=4, micro_batch_size=1)
-    model, optimizer = accelerator.prepare(smooth_model(), torch.optim.SGD(smooth_model().parameters(), lr=0.1))
+    plain = smooth_model()
+    model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
     accelerator.sync_gradients = False
     with (
         pytest.raises(ConfigError, match=r"with accelerator.accumulate\(model\):"),
@@ -1107,7 +1108,7 @@ def test_an_evaluation_is_cut_short_when_the_run_is_told_to_leave(run_dir: Path)
 
     def stop_and_look(run: Run) -> None:
         run._boundary.stop = StopReason.PREEMPTED
-        run.epoch_is_complete = False
+        run._intake.epoch_is_complete = False
         seen.extend(run.batches([1, 2, 3]))
 
     SmallRun(run_dir=run_dir, epochs=1, at_step=once_at(2, stop_and_look)).train()
@@ -1164,8 +1165,9 @@ def test_properties_before_entry_are_those_of_a_fresh_run_and_touch_no_file(run_
 def test_leaving_by_sys_exit_0_is_a_good_end(run_dir: Path) -> None:
     model = smooth_model()
     with pytest.raises(SystemExit), Run(str(run_dir), model=model) as run:
-        run.step()
-        raise SystemExit(0)
+        for _ in run.epochs(1):
+            run.step()
+            raise SystemExit(0)
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["status"], status["exit_code"], status["global_step"]) == ("done", 0, 1)
     assert run.committed_step == 1

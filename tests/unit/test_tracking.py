@@ -15,7 +15,8 @@ from dist_train.checkpoint.manifest import Progress
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
 from dist_train.history import read_metrics, rows_by_step
-from dist_train.run import Run, RunOptions
+from dist_train.options import RunOptions
+from dist_train.run import Run
 from dist_train.tracking import complete_step
 from dist_train.wandb_file import last_step, steps_of
 from tests.support.launch import ROOT

@@ -1,0 +1,183 @@
+"""Which batches a loop gets: of the run's training loader from the exact next sample, of any other as they come.
+
+    ours         its sampler is set to the position that `progress` counts in samples
+    the user's   `UserLoader` finds the place that it counts in batches
+    any other    an evaluation's; or, where the Run was given no loader, the training's, whose place nobody knows
+
+Invariant: whether an epoch is complete is known here and nowhere else. It saves nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dist_train import differences
+from dist_train.data import describe_sampler, training_sampler
+from dist_train.errors import ConfigError
+from dist_train.feed import BatchFeed
+from dist_train.progress import RunProgress
+from dist_train.user_loader import UserLoader
+
+logger = logging.getLogger(__name__)
+Json = Any
+
+
+class Intake:
+    """The training loader of a run, and where in it the run stands.
+
+    Args:
+        should_stop: agreed by all ranks.
+        show_replay: told (batches replayed, batches to replay).
+        drop_window: called when an epoch has ended inside a window.
+    """
+
+    def __init__(
+        self,
+        feed: BatchFeed,
+        progress: RunProgress,
+        *,
+        should_stop: Callable[[], bool],
+        show_replay: Callable[[int, int], None],
+        drop_window: Callable[[], None],
+    ) -> None:
+        self.epoch_is_complete = False
+        self.loader: Any = None
+        self._user: UserLoader | None = None
+        self._feed = feed
+        self._progress = progress
+        self._should_stop = should_stop
+        self._show_replay = show_replay
+        self._drop_window = drop_window
+        self._told_of_window = self._told_of_no_loader = False
+
+    def adopt(self, loader: Any | None) -> None:
+        """Takes a loader as the run's training loader: one of ours, or the user's own."""
+        self.loader = loader
+        self._feed.needs_batch = loader is not None
+        if loader is not None and training_sampler(loader) is None:
+            self._user = UserLoader(loader, self._show_replay)
+
+    # Saving and restoring
+
+    def describe(self) -> dict[str, Json]:
+        """What decides which samples are used when, in the epoch that the run is in."""
+        sampler, now = training_sampler(self.loader), self._progress.now
+        if sampler is not None and self.is_mid_epoch:
+            sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
+        return describe_sampler(self.loader)
+
+    def capture(self) -> dict[str, Json]:
+        """This rank's place in a loader of the user's, for `rank_state`."""
+        return {} if self._user is None else {"loader": self._user.capture()}
+
+    def restore(self, rows: Sequence[Json], rank: int, world_size: int) -> None:
+        """Takes its place from each rank's state in the checkpoint."""
+        saved = [row.get("loader") for row in rows]
+        is_within = any(one and one["batches"] for one in saved)
+        now = self._progress.now
+        lost = ""
+        if self._user is None:
+            lost = "was made with a loader that dist_train.data_loader did not make" if is_within else ""
+        elif now.samples_into_epoch:
+            lost = "was made with a loader from dist_train.data_loader, which this one is not"
+            if now.evaluation != "pending":
+                self._progress.now = replace(now, samples_into_epoch=0)
+        elif len(saved) == world_size:
+            self._user.restore(saved[rank])
+        elif is_within or (self._user.way == "state" and any(saved)):
+            lost = f"was saved by {len(saved)} ranks, each with a place of its own in its loader; here are {world_size}"
+        if lost and now.evaluation != "pending":
+            logger.warning("The checkpoint %s: the training loader begins again at its first batch.", lost)
+
+    def warn(self) -> None:
+        """Once, before the loop: what this loader cannot do exactly."""
+        if self._user is not None:
+            differences.warn_of_user_loader(type(self.loader).__name__, self._user.caveats)
+
+    @property
+    def is_mid_epoch(self) -> bool:
+        """Whether the epoch in progress has been begun."""
+        now = self._progress.now
+        batches = self._user.batches if self._user is not None else 0
+        return bool(now.samples_into_epoch or batches or now.evaluation == "pending")
+
+    # The loop
+
+    def begin_epoch(self) -> None:
+        # Without a training loader nobody but the loop knows when an epoch is over: at the body's end.
+        self.epoch_is_complete = self.loader is None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the training loader has given its last batch of this epoch."""
+        return self.loader is not None and self.epoch_is_complete
+
+    def end_epoch(self) -> None:
+        self.epoch_is_complete = False
+        if self._user is not None:
+            self._user.end_epoch()
+
+    def is_training(self, loader: Any) -> bool:
+        """Whether it is the run's training loader, which a run that was given none takes here.
+
+        Raises:
+            ConfigError: it is another training loader.
+        """
+        is_ours = training_sampler(loader) is not None
+        if self.loader is None and is_ours:
+            self.adopt(loader)
+        if is_ours and loader is not self.loader:
+            raise ConfigError("run.batches() got another training loader than the Run was given; a run has one place.")
+        return loader is self.loader and loader is not None
+
+    def training_batches(self) -> Iterator[Any]:
+        """The rest of the epoch; the loader's iterator is made, and the place found, at once."""
+        if self._user is not None:
+            return self._user_batches(self._user)
+        sampler, now = training_sampler(self.loader), self._progress.now
+        assert sampler is not None
+        sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
+        self.epoch_is_complete = sampler.layout.num_micro_steps == 0
+        return self._feed.training_batches(self.loader, sampler.layout, self._should_stop)
+
+    def _user_batches(self, user: UserLoader) -> Iterator[Any]:
+        is_complete = user.is_exhausted or self._progress.now.evaluation == "pending"
+        batches = self._feed.user_batches(user, self._should_stop, is_complete=is_complete)
+        return self._until_exhausted(user, batches, is_complete=is_complete)
+
+    def _until_exhausted(self, user: UserLoader, batches: Iterator[Any], *, is_complete: bool) -> Iterator[Any]:
+        yield from batches
+        if not user.is_exhausted:
+            return
+        if not user.batches and not is_complete:
+            raise ConfigError(
+                f"The training loader ({type(user.loader).__name__}) gave no batch in epoch "
+                f"{self._progress.now.epoch + 1}: give one that can be iterated again in each epoch."
+            )
+        self.epoch_is_complete = True
+        if self._feed.in_window:
+            self._feed.in_window = False
+            self._drop_window()
+            if not self._told_of_window:
+                self._told_of_window = True
+                differences.warn_of_dropped_window(type(user.loader).__name__)
+
+    def other_batches(self, loader: Any) -> Iterator[Any]:
+        """Of an evaluation, or of a run that was not given its loader: a stop ends the latter only."""
+        before = self._progress.now
+
+        def should_stop() -> bool:
+            if self.loader is not None:
+                return self._should_stop() and not self.epoch_is_complete
+            trains = self._progress.now != before
+            if trains and not self._told_of_no_loader:
+                self._told_of_no_loader = True
+                differences.warn_of_no_loader()
+            cut = trains and self._should_stop()
+            self.epoch_is_complete = self.epoch_is_complete and not cut
+            return cut
+
+        return self._feed.plain_batches(loader, should_stop)

@@ -1,0 +1,159 @@
+"""What scripts get wrong with a run, caught before it costs work: each message names the place and the way out.
+
+Invariant: nothing here changes a run that is used right; a check costs nothing that a step would feel.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.errors import ConfigError, RunInUseError
+from dist_train.state import Capture, clean_name
+from dist_train.tied import storage_key
+from dist_train.world import World
+
+_open_runs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_MOST_NAMES = 4
+
+
+def require_one_world(accelerator: Any | None, world: World) -> None:
+    """Raises ConfigError when Accelerate believes in another number of processes than were launched."""
+    if accelerator is not None and accelerator.num_processes != world.world_size:
+        raise ConfigError(
+            f"{world.world_size} processes were launched, but the Accelerator believes in "
+            f"{accelerator.num_processes}. Call dist_train.init_distributed() before Accelerator() is made "
+            f"(on a machine without a GPU, Accelerator(cpu=True) does it too)."
+        )
+
+
+def is_prepared(one: Any) -> bool:
+    """Whether it is Accelerate's wrapper and not the object that the script made."""
+    return type(one).__module__.partition(".")[0] == "accelerate"
+
+
+def refuse_prepared(schedulers: Mapping[str, Any], loader: Any | None) -> None:
+    """Raises ConfigError for what `accelerator.prepare` makes inexact."""
+    for name, scheduler in schedulers.items():
+        if is_prepared(scheduler):
+            which = f"The scheduler {name!r}" if name else "The scheduler"
+            raise ConfigError(
+                f"{which} was given to accelerator.prepare, which would step it once a process and count updates that "
+                f"the GradScaler left out. Leave it out there, and step it yourself once an optimizer update: "
+                f"`if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped: scheduler.step()`."
+            )
+    if is_prepared(loader):
+        raise ConfigError(
+            f"The loader was given to accelerator.prepare ({type(loader).__name__}), which reads a batch ahead, draws "
+            f"from the global random generators and pads the last batch: no resume can be exact. Leave it out there: "
+            f"run.batches moves batches to the device, and dist_train.data_loader shards (a DataLoader of your own "
+            f"takes a torch.utils.data.DistributedSampler)."
+        )
+
+
+def require_used_right(*, entered: bool, in_epoch: bool = True, call: str) -> None:
+    """Raises ConfigError for a call before `with run:` or outside of the loop over `run.epochs`."""
+    if not entered:
+        raise ConfigError(f"{call} was called outside of the run: write `with dist_train.Run(...) as run:` around it.")
+    if not in_epoch:
+        raise ConfigError(f"{call} belongs inside `for epoch in run.epochs(...):`; no epoch is in progress here.")
+
+
+def note_open(run_dir: str, run: Any) -> None:
+    """This run is the newest of this process on its directory."""
+    _open_runs[os.path.realpath(run_dir)] = run
+
+
+def require_newest(run_dir: str, run: Any) -> None:
+    """Raises RunInUseError when this process has opened a later run on the same directory."""
+    if _open_runs.get(os.path.realpath(run_dir), run) is not run:
+        raise RunInUseError(
+            f"{run_dir} was opened by a second Run of this process, which owns it now; this older one ends at once, so "
+            f"that two do not write in turns. Give each Run its own run_dir, or leave the first `with` block before "
+            f"the second begins."
+        )
+
+
+class ParameterWatch:
+    """Notices that a model's parameters are not those that the run began with, and whose optimizer trains others.
+
+    Args:
+        models, optimizers: innermost, by name.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self._models = models
+        self._optimizers = optimizers
+        self._known = _parameters_of(models)
+        self._kinds = {name: (tuple(one.shape), one.dtype) for name, one in self._known.items()}
+        self._require_own_parameters()
+
+    def require_unchanged(self) -> None:
+        """Raises ConfigError, naming the parameters that were added, removed, replaced or converted."""
+        now = _parameters_of(self._models)
+        changed = {
+            "added": now.keys() - self._known.keys(),
+            "removed": self._known.keys() - now.keys(),
+            "replaced by other tensors": {n for n in now.keys() & self._known.keys() if now[n] is not self._known[n]},
+        }
+        same = now.keys() & self._known.keys() - changed["replaced by other tensors"]
+        kinds = {name: (tuple(now[name].shape), now[name].dtype) for name in same}
+        changed["given another shape or dtype"] = {name for name in same if kinds[name] != self._kinds[name]}
+        told = [f"{what}: {_some(names)}" for what, names in changed.items() if names]
+        if told:
+            raise ConfigError(
+                f"The model was changed after the Run was made ({'; '.join(told)}), so the optimizer may train tensors "
+                f"that the model does not use, and no checkpoint would fit. Change the model first (a new head, "
+                f".to(dtype), lazy layers), then make the optimizer, then the Run."
+            )
+
+    def require_captured(self, capture: Capture, registered: Mapping[str, Any]) -> None:
+        """Raises ConfigError for an optimizer's parameters that no checkpoint would hold."""
+        kept = {storage_key(one) for one in [*capture.tensors.values(), *capture.per_rank.values()]}
+        modules = [one for one in registered.values() if isinstance(one, nn.Module)]
+        kept |= {storage_key(p.detach()) for module in [*self._models.values(), *modules] for p in module.parameters()}
+        for name, optimizer in self._optimizers.items():
+            lost = [
+                p for group in optimizer.param_groups for p in group["params"] if storage_key(p.detach()) not in kept
+            ]
+            if lost:
+                shapes = _some([str(list(p.shape)) for p in lost])
+                raise ConfigError(
+                    f"{_title('optimizer', name)} trains {len(lost)} tensors (of shape {shapes}) that belong to no "
+                    f"model of the Run and to nothing registered: they would not be saved. Give that module in "
+                    f"`model={{...}}`, or call run.register(name, module) before run.epochs()."
+                )
+
+    def _require_own_parameters(self) -> None:
+        mine = {id(parameter) for parameter in self._known.values()}
+        for name, optimizer in self._optimizers.items():
+            members = [p for group in optimizer.param_groups for p in group["params"]]
+            if mine and members and not any(id(p) in mine for p in members):
+                raise ConfigError(
+                    f"{_title('optimizer', name)} trains no parameter of the model that the Run was given. Make the "
+                    f"optimizer from that model's parameters, after the last change to it, and give both as they come "
+                    f"from accelerator.prepare."
+                )
+
+
+def _parameters_of(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    return {
+        clean_name(f"{name}.{key}" if name else key): parameter
+        for name, model in models.items()
+        for key, parameter in model.named_parameters()
+    }
+
+
+def _title(kind: str, name: str) -> str:
+    return f"The {kind} {name!r}" if name else f"The {kind}"
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _MOST_NAMES} more" if len(ordered) > _MOST_NAMES else ""
+    return ", ".join(ordered[:_MOST_NAMES]) + more
