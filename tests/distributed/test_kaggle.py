@@ -23,8 +23,8 @@ pytestmark = pytest.mark.distributed
 TRAIN = ROOT / "launch/kaggle/train.py"
 SIZE = ["--samples", "512", "--batch-size", "64", "--epochs", "10"]
 UPDATES = 80
-QUOTA_MEGABYTES = 3
-"""Room for the checkpoints that the policy keeps and the packed file, not for those of every epoch."""
+QUOTA = 1_600_000
+"""Four checkpoints, the one being written among them, and the packed best one."""
 # A training of many hours in a session that ends so many seconds after it has begun, however busy this machine is.
 SLOW = """
 import os, runpy, sys, time
@@ -80,9 +80,9 @@ def test_the_notebook_run_twice_finishes_the_training_that_one_session_is_too_sh
         uninterrupted = pool.submit(run_command, command, deadline_seconds=120)
         slow = make_dataset(tmp_path / "slow", wheel, slow=True)
         first, version = tmp_path / "first", tmp_path / "version"
-        with kaggle_tree(first, {"library": slow}, quota_megabytes=QUOTA_MEGABYTES):
+        with kaggle_tree(first, {"library": slow}, quota_megabytes=3):
             python = make_python(tmp_path / "python1")
-            notebook = run_notebook(first, python, {"MAX_TIME": "8", "ARGUMENTS": SIZE})
+            notebook = run_notebook(first, python, {"MAX_TIME": "8", "QUOTA": QUOTA, "ARGUMENTS": SIZE})
             save_version(first, version)
         assert list((tmp_path / "python1").glob("lib/*/site-packages/dist_train/__init__.py")), "not from the wheel"
         uninterrupted.result().require_success()
@@ -98,9 +98,9 @@ def test_the_notebook_run_twice_finishes_the_training_that_one_session_is_too_sh
 
     second = tmp_path / "second"
     attached = {"library": make_dataset(tmp_path / "fast", wheel), "price-notebook": version}
-    with kaggle_tree(second, attached, quota_megabytes=QUOTA_MEGABYTES):
+    with kaggle_tree(second, attached, quota_megabytes=3):
         python = make_python(tmp_path / "python2")
-        notebook = run_notebook(second, python, {"MAX_TIME": "1h", "ARGUMENTS": SIZE})
+        notebook = run_notebook(second, python, {"MAX_TIME": "1h", "QUOTA": QUOTA, "ARGUMENTS": SIZE})
         kept = save_version(second, tmp_path / "kept")
 
     run_dir = kept / "runs/price"
@@ -115,6 +115,8 @@ def test_the_notebook_run_twice_finishes_the_training_that_one_session_is_too_sh
     # Nothing was copied from the input: whatever lies in the working directory was saved after it.
     assert sequence_of_first_save(run_dir) == manifests_of(version / "runs/price")[-1]["sequence"] + 1
     assert_same_run(run_dir, twin)
+    assert sum(file.stat().st_size for file in kept.rglob("*") if not file.is_symlink()) <= QUOTA
+    assert manifests_of(run_dir)[-1]["settings"]["config"]["policy"]["max_bytes"] == QUOTA * 3 // 4
     require_packed(notebook, kept)
 
 
