@@ -210,7 +210,8 @@ class Session:
         return Path(run)
 
     def pack(self, run: str | os.PathLike[str], *options: str) -> Path | None:
-        """Packs a run into one file of the working directory; None where that failed, and the cause is printed.
+        """Packs a run into one zip of the working directory, in place of the last one; None where that failed, and the
+        cause is printed.
 
         Args:
             options: of `dist-train pack`: `--best`, `--latest` or `--all`; `--weights-only`.
@@ -218,7 +219,7 @@ class Session:
         what = "-".join(option.strip("-") for option in options)
         target = self.working / f"{Path(run).name}{'-' if what else ''}{what}.zip"
         source = self.find_best(run) if "--best" in options else run
-        code = self.dist_train("pack", source, *options, "--to", target)
+        code = self.dist_train("pack", source, *options, "--force", "--to", target)
         return target if code == ExitCode.OK and target.is_file() else None
 
     def link(self, path: Path | None) -> None:

@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run-dir", default="runs/price", help="the same in every session")
     parser.add_argument("--max-time", help="stop and save by itself before so much of the session is over: 11h30m")
     parser.add_argument("--search", nargs="*", default=(), help="where the output of an earlier session is attached")
+    parser.add_argument("--max-bytes", type=int, default=15 * 10**9, help="budget of the run directory")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--samples", type=int, default=20_000, help="size of the SYNTHETIC data")
     parser.add_argument("--batch-size", type=int, default=256, help="global, over all GPUs")
@@ -91,10 +92,14 @@ def main() -> int:
             max_grad_norm=1.0,
             max_time=args.max_time,
             search=args.search,
-            # At most four checkpoints at a time, the one that is being written counted: a quarter of what the quota
-            # leaves beside the packed file is what one may weigh.
             checkpoint=dt.CheckpointPolicy(
-                every_epochs=1, every="15min", keep_last=2, keep_best=1, monitor="val_smape", mode="min"
+                every_epochs=1,
+                every="15min",
+                keep_last=3,
+                keep_best=1,
+                monitor="val_smape",
+                mode="min",
+                max_bytes=args.max_bytes,
             ),
         ),
     ).fit()

@@ -276,7 +276,7 @@ def test_pack_writes_into_the_working_directory(
     target.write_bytes(bytes(3000))
     assert session.pack("runs/price", "--best", "--weights-only") == target
     cli = [sys.executable, "-m", "dist_train.cli"]
-    assert started[0][0] == [*cli, "pack", "runs/price", "--best", "--weights-only", "--to", str(target)]
+    assert started[0][0] == [*cli, "pack", "runs/price", "--best", "--weights-only", "--force", "--to", str(target)]
     started.code = 1
     assert session.pack("runs/price", "--best", "--weights-only") is None
     session.link(None)
