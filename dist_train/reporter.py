@@ -14,8 +14,17 @@ from typing import Any
 
 from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped
-from dist_train.console import Console, EventLog, bytes_text, metric_label, metric_text
+from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped, Writing
+from dist_train.console import (
+    LONG_WORK_SECONDS,
+    Console,
+    EventLog,
+    bytes_text,
+    metric_label,
+    metric_text,
+    part_text,
+    seconds_text,
+)
 from dist_train.health.deadline import Deadline
 
 logger = logging.getLogger(__name__)
@@ -88,7 +97,7 @@ class Reporter:
         if progress.epochs_completed >= self.epochs:
             self.console.say("Nothing is left to do; give more epochs to go on.")
 
-    def step(self, epoch: int, global_step: int, share: float | None) -> None:
+    def step(self, epoch: int, global_step: int, share: float | None, writing: Writing | None = None) -> None:
         """The live line: at most a few times a second, from what is known without asking the device."""
         now = self._clock()
         if now - self._shown_at < LIVE_SECONDS or not self.console.is_live:
@@ -99,7 +108,13 @@ class Reporter:
         parts += [f"{share:.0%} of the epoch"] if share is not None else []
         parts += [f"{pace:.1f} steps/s"] if pace else []
         parts += [f"Train Loss: {self.loss:.4f}"] if self.loss is not None else []
+        parts += _writing_parts(writing, time.monotonic())
         self.console.show(" - ".join(parts))
+
+    def waiting(self, writing: Writing | None) -> None:
+        """The live line while training waits for a save."""
+        if parts := _writing_parts(writing, time.monotonic()):
+            self.console.show(parts[0])
 
     def epoch(self, completed: int, train_loss: float | None, metrics: Mapping[str, float]) -> None:
         self.console.end_live()
@@ -149,6 +164,9 @@ class Reporter:
         done = progress.evaluation == "done"
         title = f"epoch {progress.epochs_completed}" if done else f"in epoch {progress.epoch + 1}"
         where = f"step {progress.global_step}, {bytes_text(manifest.num_bytes)}, stall {stall * 1e3:.0f} ms"
+        if event.seconds >= LONG_WORK_SECONDS:
+            speed = bytes_text(manifest.num_bytes / event.seconds)
+            where += f", durable after {seconds_text(event.seconds)} ({speed}/s)"
         self.console.say(f"Checkpoint saved: {title} ({where})")
         self.events.write(
             "committed",
@@ -182,6 +200,15 @@ class Reporter:
             f"where {most_failures} are allowed" if ends else f"of at most {most_failures}",
             f"the newest is step {newest}" if newest >= 0 else "there is none yet",
         )
+
+
+def _writing_parts(writing: Writing | None, now: float) -> list[str]:
+    """`saving step 1200: 3.1 of 12.4 GB, 1.9 GB/s`, once a save takes long enough to be read."""
+    if writing is None or (seconds := now - writing.started) < LIVE_SECONDS:
+        return []
+    done = min(writing.done, writing.total)
+    speed = f"{bytes_text(done / seconds)}/s" if done < writing.total else "committing"
+    return [f"saving step {writing.global_step}: {part_text(done, writing.total)}, {speed}"]
 
 
 def _short(value: Json) -> str:

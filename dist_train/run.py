@@ -121,6 +121,7 @@ class Run:
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
+        self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._beginning = Beginning(
             self._store, self.world, self._checkpointer, self._live, self._progress, self._reporter
@@ -329,7 +330,7 @@ class Run:
             self.epoch_is_complete = micro.ends_epoch
         if not skipped and self.global_step % self._options.log_every_steps == 0:
             self._log_step()
-        self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch)
+        self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch, self._checkpointer.writing)
         self._reach_boundary(ends_epoch=micro.ends_epoch)
 
     def end_epoch(self, **metrics: float) -> None:

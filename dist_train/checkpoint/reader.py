@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class CheckpointReader:
         self._rank = rank
         self._maps: list[mmap.mmap] = []
         self._parts: dict[str, list[tuple[mmap.mmap, Part]]] = {}
+        self.on_bytes: Callable[[int], None] = lambda count: None
+        """Told of bytes that were copied into live tensors."""
         for name in sorted(manifest.files):
             if name.endswith(".safetensors"):
                 self._index(self._map(store, f"{path}/{name}"), name)
@@ -113,6 +115,7 @@ class CheckpointReader:
                 values = values.narrow(dim, low - part.offsets[dim], high - low)
             _write(target, lows, highs, offsets, values)
             filled += values.numel()
+            self.on_bytes(values.nbytes)
             _forget(data, part)
         if filled != target.numel():
             raise CorruptCheckpointError(
