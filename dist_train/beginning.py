@@ -6,16 +6,18 @@ random generators are put back last, when nothing that belongs to the start can 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from dist_train import differences
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.store import Store
-from dist_train.console import set_up_logging
+from dist_train.console import ByteMeter, set_up_logging, tell_long_work
 from dist_train.errors import StateMismatchError
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
@@ -91,6 +93,9 @@ class Beginning:
 
     def _restore(self, opened: Opened, environment: dict[str, Json]) -> None:
         manifest = opened.manifest
+        name = os.path.basename(opened.path)
+        meter = ByteMeter(self._bytes_to_load(opened), name=f"loading {name}", enabled=self._world.is_main)
+        opened.reader.on_bytes = meter.add
         try:
             step = manifest.progress.global_step
             self._told = self._live.restore(manifest.state, manifest.settings, opened.reader, manifest.absent, step)
@@ -100,11 +105,19 @@ class Beginning:
                 f"model and optimizer as in the run that saved it, or give another run_dir to start a new run.",
                 opened.path,
             ) from error
+        finally:
+            opened.reader.on_bytes = lambda count: None  # what is registered later is small
+            tell_long_work(f"Loaded {name}", meter)
         for model in self._live.models.values():
             model.zero_grad()  # of a window that was interrupted in this very process, in a notebook
         self._rng = self._progress.restore(opened, self._checkpointer.attempt)
         if changed := differences.warn_of_environment(manifest.environment, environment):
             self._reporter.events.write("environment_changed", differences=changed)
+
+    def _bytes_to_load(self, opened: Opened) -> int:
+        """What this rank reads; 0, nobody knows, where the tensors are sharded."""
+        parameters = (parameter for model in self._live.models.values() for parameter in model.parameters())
+        return 0 if any(isinstance(one, DTensor) for one in parameters) else opened.manifest.num_bytes
 
     def register(self, name: str) -> None:
         """The checkpoint's part of an object that was registered after the rest was restored."""

@@ -15,8 +15,17 @@ from typing import Any
 
 from dist_train.checkpoint.manifest import STATUS_FILE, Best, Manifest, Progress
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped
-from dist_train.console import Console, EventLog, bytes_text, metric_label, metric_text
+from dist_train.checkpoint.writer import Committed, Event, Pruned, SaveFailed, Stripped, Writing
+from dist_train.console import (
+    LONG_WORK_SECONDS,
+    Console,
+    EventLog,
+    bytes_text,
+    metric_label,
+    metric_text,
+    part_text,
+    seconds_text,
+)
 from dist_train.differences import Differences
 from dist_train.health.deadline import Deadline
 from dist_train.tree import shown
@@ -95,7 +104,7 @@ class Reporter:
         if progress.epochs_completed >= self.epochs:
             self.console.say("Nothing is left to do; give more epochs to go on.")
 
-    def step(self, epoch: int, global_step: int, share: float | None) -> None:
+    def step(self, epoch: int, global_step: int, share: float | None, writing: Writing | None = None) -> None:
         """The live line: at most a few times a second, from what is known without asking the device."""
         now = self._clock()
         if now - self._shown_at < LIVE_SECONDS or not self.console.is_live:
@@ -106,6 +115,7 @@ class Reporter:
         parts += [f"{share:.0%} of the epoch"] if share is not None else []
         parts += [f"{pace:.1f} steps/s"] if pace else []
         parts += [f"Train Loss: {self.loss:.4f}"] if self.loss is not None else []
+        parts += _writing_parts(writing, time.monotonic())
         self.console.show(" - ".join(parts))
 
     def replay(self, done: int, total: int) -> None:
@@ -116,6 +126,11 @@ class Reporter:
         elif self.console.is_live and now - self._shown_at >= LIVE_SECONDS:
             self._shown_at = now
             self.console.show(f"Finding the place in the training loader: batch {done} of {total} ({done / total:.0%})")
+
+    def waiting(self, writing: Writing | None) -> None:
+        """The live line while training waits for a save."""
+        if parts := _writing_parts(writing, time.monotonic()):
+            self.console.show(parts[0])
 
     def epoch(self, completed: int, train_loss: float | None, metrics: Mapping[str, float]) -> None:
         self.console.end_live()
@@ -165,6 +180,9 @@ class Reporter:
         done = progress.evaluation == "done"
         title = f"epoch {progress.epochs_completed}" if done else f"in epoch {progress.epoch + 1}"
         where = f"step {progress.global_step}, {bytes_text(manifest.num_bytes)}, stall {stall * 1e3:.0f} ms"
+        if event.seconds >= LONG_WORK_SECONDS:
+            speed = bytes_text(manifest.num_bytes / event.seconds)
+            where += f", durable after {seconds_text(event.seconds)} ({speed}/s)"
         self.console.say(f"Checkpoint saved: {title} ({where})")
         self.events.write(
             "committed",
@@ -212,6 +230,15 @@ def _table(changes: Mapping[str, tuple[Json, Json]]) -> list[str]:
         lines.append((name.replace("[*]", f"[{', '.join(groups)}]"), then_text, today_text))
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
     return [f"  {name:<{widths[0]}}  {then:<{widths[1]}}  {today}".rstrip() for name, then, today in lines if changes]
+
+
+def _writing_parts(writing: Writing | None, now: float) -> list[str]:
+    """`saving step 1200: 3.1 of 12.4 GB, 1.9 GB/s`, once a save takes long enough to be read."""
+    if writing is None or (seconds := now - writing.started) < LIVE_SECONDS:
+        return []
+    done = min(writing.done, writing.total)
+    speed = f"{bytes_text(done / seconds)}/s" if done < writing.total else "committing"
+    return [f"saving step {writing.global_step}: {part_text(done, writing.total)}, {speed}"]
 
 
 def _short(value: Json) -> str:

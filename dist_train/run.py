@@ -96,7 +96,13 @@ class Run:
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
+        self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
+        self._join_parts(loader)
+        self._entered = self._begun = self._in_epoch = False
+
+    def _join_parts(self, loader: Any | None) -> None:
+        """What is made of the parts above: where batches come from, how the run begins, what is decided, how it ends."""
         self._callbacks = Callbacks(self)
         self._intake = Intake(
             self._feed,
@@ -124,7 +130,6 @@ class Run:
         self._ending = Ending(
             self._checkpointer, self._boundary, self._progress, self._reporter, self._tracking, on_stop
         )
-        self._entered = self._begun = self._in_epoch = False
 
     # What a loop may ask
 
@@ -320,7 +325,7 @@ class Run:
             self._intake.epoch_is_complete = micro.ends_epoch
         if not skipped and self.global_step % self._options.log_every_steps == 0:
             self._log_step()
-        self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch)
+        self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch, self._checkpointer.writing)
         self._callbacks.tell("step")
         self._reach_boundary(ends_epoch=micro.ends_epoch)
 

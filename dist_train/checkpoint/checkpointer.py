@@ -14,7 +14,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
 from dist_train.checkpoint.trash import discard
-from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, describe_error
+from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, Writing, describe_error
 from dist_train.console import bytes_text
 from dist_train.errors import DistTrainError, SaveFailedError
 from dist_train.state import Capture
@@ -96,6 +96,8 @@ class Checkpointer:
         self._monitor: str | None = policy.monitor
         self.failures = 0
         """Saves that failed in a row."""
+        self.on_wait: Callable[[Writing | None], None] = lambda writing: None
+        """Called now and then while training waits for a save."""
         self._fatal: DistTrainError | None = None
         self._keeper = Keeper(store, policy, lambda: self.is_lost)
 
@@ -195,7 +197,7 @@ class Checkpointer:
         """Begins a save; returns the seconds that training waited, None when it was given up at once. Collective."""
         started = time.monotonic()
         assert self._writer is not None
-        self._writer.join()
+        self._writer.join(self.on_wait)
         plan = self._refresh_plan(capture)
         begun = self.world.on_main(lambda: self._begin(draft), "where to save")
         if "refused" in begun:
@@ -309,6 +311,11 @@ class Checkpointer:
         return events
 
     @property
+    def writing(self) -> Writing | None:
+        """How far this rank is with the save in flight."""
+        return self._writer.writing if self._writer is not None else None
+
+    @property
     def must_end(self) -> bool:
         """Whether training cannot go on: see `require_healthy`."""
         return self._fatal is not None or self.failures > self.policy.max_failed_saves
@@ -334,7 +341,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Until the save in flight is committed or given up."""
         if self._writer is not None:
-            self._writer.join()
+            self._writer.join(self.on_wait)
 
     def close(self, *, failed: bool = False) -> list[Event]:
         """Joins the writer, gives the directory and the memory back; returns the last events."""

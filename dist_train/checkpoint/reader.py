@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -32,6 +32,8 @@ class CheckpointReader:
         self._maps: list[mmap.mmap] = []
         self._read_bytes = 0
         self._parts: dict[str, list[tuple[mmap.mmap, Part]]] = {}
+        self.on_bytes: Callable[[int], None] = lambda count: None
+        """Told of bytes that were copied into live tensors."""
         for name in sorted(manifest.files):
             if name.endswith(".safetensors"):
                 self._index(self._map(store, f"{path}/{name}"), name)
@@ -121,6 +123,7 @@ class CheckpointReader:
                 values = values.narrow(dim, low - part.offsets[dim], high - low)
             _write(target, lows, highs, offsets, values)
             filled += values.numel()
+            self.on_bytes(values.nbytes)
             self._forget(part.num_bytes)
         if filled != target.numel():
             raise CorruptCheckpointError(

@@ -19,6 +19,7 @@ from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.resume import ResumeRequest
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
+from dist_train.console import ByteMeter, tell_long_work
 from dist_train.errors import CorruptCheckpointError, NoCheckpointError
 from dist_train.world import World
 
@@ -129,7 +130,11 @@ class Restorer:
         if found.manifest.digest != digest:
             return None, f"rank {self._world.rank} reads manifest {found.manifest.digest}, the main rank {digest}"
         share = sorted(found.manifest.files)[self._world.rank :: self._world.world_size]
-        damages = verify_checkpoint(store, path, found.manifest, files=share)
+        total = sum(found.manifest.files[name].size for name in share)
+        name = path.rsplit("/", 1)[-1]
+        meter = ByteMeter(total, name=f"verifying {name}", enabled=self._world.is_main)
+        damages = verify_checkpoint(store, path, found.manifest, files=share, on_bytes=meter.add)
+        tell_long_work(f"Verified {name}", meter)
         if damages:
             return None, "; ".join(str(damage) for damage in damages)
         try:

@@ -27,6 +27,7 @@ from dist_train.checkpoint.manifest import (
     MODEL_INDEX,
     FileEntry,
     Manifest,
+    parse_step_name,
 )
 from dist_train.checkpoint.ownership import Ownership
 from dist_train.checkpoint.plan import Plan
@@ -46,6 +47,7 @@ HURRY_SECONDS = 5.0
 """The same once training has failed here."""
 CLOSE_SECONDS = 10.0
 """How long an idle thread may take to end."""
+WAIT_SLICE_SECONDS = 0.25
 _SLICE_SECONDS = 1.0
 
 
@@ -110,6 +112,20 @@ class Stripped:
 Event = Committed | SaveFailed | Pruned | Stripped
 
 
+@dataclass(slots=True, kw_only=True)
+class Writing:
+    """How far a save in flight is on this rank; counted in the writer's thread, read in any."""
+
+    global_step: int
+    total: int
+    """Bytes of this rank's files."""
+    done: int = 0
+    started: float
+
+    def add(self, chunk: memoryview) -> None:
+        self.done += len(chunk)
+
+
 class Writer:
     """One background thread of one rank.
 
@@ -138,6 +154,8 @@ class Writer:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
+        self.writing: Writing | None = None
+        """The save in flight."""
         self._thread = threading.Thread(target=self._work, name="dist_train-writer", daemon=True)
         self._thread.start()
 
@@ -151,18 +169,24 @@ class Writer:
         self._idle.clear()
         self._jobs.put(work)
 
-    def join(self) -> None:
+    def join(self, on_wait: Callable[[Writing | None], None] = lambda writing: None) -> None:
         """Waits until what was handed over is committed or given up.
+
+        Args:
+            on_wait: called now and then meanwhile.
 
         Raises:
             DeadlineError: the disk has not answered in all that time.
         """
-        deadline = 2 * self._receipt_timeout
-        if not self._idle.wait(deadline):
-            raise DeadlineError(
-                f"Rank {self._world.rank} waited {deadline:.0f} s for a save in {self._store.root} to end, and it did "
-                f"not. The file system seems to hang; look at it, then run the same command again."
-            )
+        patience = 2 * self._receipt_timeout
+        deadline = time.monotonic() + patience
+        while not self._idle.wait(min(WAIT_SLICE_SECONDS, patience)):
+            on_wait(self.writing)
+            if time.monotonic() >= deadline:
+                raise DeadlineError(
+                    f"Rank {self._world.rank} waited {patience:.0f} s for a save in {self._store.root} to end, and it "
+                    f"did not. The file system seems to hang; look at it, then run the same command again."
+                )
 
     def tell(self, event: Event) -> None:
         """Adds an event of the main thread to the row."""
@@ -194,11 +218,14 @@ class Writer:
             except Exception as error:  # nothing may kill the thread: whoever joins it would wait for ever
                 self._events.put(SaveFailed(global_step=-1, message=f"{type(error).__name__}: {error}"))
             finally:
+                self.writing = None
                 self._idle.set()
 
     def _save(self, job: SaveJob) -> list[Event]:
         started = time.monotonic()
-        receipt = write_shards(self._store, job)
+        step = parse_step_name(job.target)
+        self.writing = writing = Writing(global_step=step or 0, total=job.plan.num_bytes, started=started)
+        receipt = write_shards(self._store, job, writing.add)
         if job.manifest is None:
             return self._send(job, receipt)
         try:
@@ -251,24 +278,31 @@ class ShardError(DistTrainError):
         self.out_of_space = out_of_space
 
 
-def write_shards(store: Store, job: SaveJob) -> Json:
+def write_shards(store: Store, job: SaveJob, on_chunk: Callable[[memoryview], None] = lambda chunk: None) -> Json:
     """Writes and fsyncs this rank's files; the receipt says what was written or what went wrong."""
     files: dict[str, Json] = {}
     try:
         for name in job.plan.files:
-            entry = _write_file(store, f"{job.staging}/{name}", *job.image.file(name))
+            entry = _write_file(store, f"{job.staging}/{name}", *job.image.file(name), on_chunk)
             files[name] = {"size": entry.size, "digest": entry.digest, "blocks": entry.blocks}
     except OSError as error:
         return {"error": describe_error(error), "out_of_space": is_out_of_space(error)}
     return {"files": files, "rank_state": job.rank_state}
 
 
-def _write_file(store: Store, path: str, image: memoryview, length: int) -> FileEntry:
+def _write_file(
+    store: Store, path: str, image: memoryview, length: int, on_chunk: Callable[[memoryview], None]
+) -> FileEntry:
     """After a failed fsync the kernel may call the lost pages clean: never fsync again, write the file again."""
     for last in (False, True):
         digest = RunningDigest()
+
+        def take(chunk: memoryview, digest: RunningDigest = digest) -> None:
+            digest.update(chunk)
+            on_chunk(chunk)
+
         try:
-            store.write_image(path, image, length, digest.update)
+            store.write_image(path, image, length, take)
             return digest.entry()
         except OSError as error:
             if last or error.errno != errno.EIO:

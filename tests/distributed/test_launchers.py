@@ -63,8 +63,10 @@ def test_a_recipe_starts_two_processes_and_restarts_them(
     plan = ChaosPlan(str(tmp_path / "chaos"), seed=15, kills=1)
     script = [CHAOS, SPECIMEN, "--world-size", "2", "--run-dir", str(tmp_path / "run")]
     extra = plan.to_environment() | {"NPROC": "2", "PYTHON": sys.executable}
-    run_command([*launcher(), *script], deadline_seconds=240, extra=extra).require_success()
+    ended = run_command([*launcher(), *script], deadline_seconds=240, extra=extra).require_success()
     assert len(plan.fired()) == 1
+    assert "[rank 0/2 attempt 2] WARNING" in ended.output
+    assert "\r" not in ended.output
     assert_same_run(twin, tmp_path / "run")
 
 

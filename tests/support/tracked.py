@@ -28,7 +28,7 @@ def arm(run_dir: Path, plan: list[str]) -> None:
     step, _, how = plan[len(fired)].partition("-")
     rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
     is_victim = rank == (0 if how == "judged" else last)
-    original = dt.Run._boundary
+    original = dt.Run._reach_boundary
 
     def end(run: Any, **moment: Any) -> None:
         if run.global_step == int(step) and how == "judged" and not moment.get("evaluated"):
@@ -47,7 +47,7 @@ def arm(run_dir: Path, plan: list[str]) -> None:
         if how == "error":
             raise RuntimeError(f"the end of life {len(fired) + 1}")
 
-    dt.Run._boundary = end  # type: ignore[method-assign]
+    dt.Run._reach_boundary = end  # type: ignore[method-assign]
 
 
 def train_with_trainer(run_dir: Path, trackers: list[str]) -> int:

@@ -20,8 +20,6 @@ ALLOWED = {
     "checkpoint/writer.py:Writer._work": "the thread's rest between saves: `close` sends None, and it is a daemon",
     "checkpoint/writer.py:Writer.run": "`Writer.join` of its own, which has a deadline",
     "checkpoint/writer.py:Writer.close": "`Writer.join` of its own, which has a deadline",
-    "checkpoint/checkpointer.py:Checkpointer.save": "`Writer.join`, which has a deadline",
-    "checkpoint/checkpointer.py:Checkpointer.wait": "`Writer.join`, which has a deadline",
     "boundary.py:Boundary.wait_for_save": "`Checkpointer.wait`, which is `Writer.join`",
     "world.py:_StoreMailbox.take": "`get` after `wait` with a deadline: the key is there",
     "world.py:_lead": "`get` after `check`: the keys are there",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,17 @@ def history(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "ultra"
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the package logs: a run lets nothing through to the root logger."""
+    package = logging.getLogger("dist_train")
+    kept, package.propagate = package.propagate, False
+    package.addHandler(caplog.handler)
+    yield caplog
+    package.removeHandler(caplog.handler)
+    package.propagate = kept
 
 
 def test_a_tracker_holds_the_whole_history_at_the_end_and_is_finished(run_dir: Path) -> None:
@@ -140,15 +151,12 @@ def test_a_resume_from_before_what_was_given_begins_another_tracker_run(run_dir:
 
 
 def test_a_tracker_that_fails_is_named_and_made_up_for_at_the_next_start(
-    run_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, said: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
     failing, good, later = Recorder("failing", fails_at=4), Recorder("good"), Recorder("failing")
-    with caplog.at_level(logging.WARNING):
-        train(run_dir, failing, good, max_steps=8)
-    said = [record.getMessage() for record in caplog.records if "tracker" in record.getMessage()]
-    assert len(said) == 1
-    assert said[0].startswith("The tracker failing failed and is left alone from here on: ConnectionError: no network")
+    train(run_dir, failing, good, max_steps=8)
+    (message,) = [record.getMessage() for record in said.records if "tracker" in record.getMessage()]
+    assert message.startswith("The tracker failing failed and is left alone from here on: ConnectionError: no network")
     train(run_dir, later, Recorder("good"))
     given = dict(failing.rows) | dict(later.rows)
     assert list(given.items()) == history(run_dir)
@@ -168,16 +176,12 @@ def test_a_tracker_that_comes_later_is_given_the_whole_history(run_dir: Path) ->
     assert late.rows == history(run_dir)
 
 
-def test_a_tracker_that_the_script_started_is_told_and_left_open(
-    run_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_the_script_started_is_told_and_left_open(run_dir: Path, said: pytest.LogCaptureFixture) -> None:
     started = Recorder()
     accelerator = StandIn()
     accelerator.trackers = [started]
-    with caplog.at_level(logging.WARNING):
-        monkeypatch.setattr(logging.getLogger("dist_train"), "propagate", True)
-        SmallRun(run_dir=run_dir, accelerator=accelerator, policy=POLICY, epochs=1).train()
-    assert "init_trackers() was called before the run was entered" in caplog.text
+    SmallRun(run_dir=run_dir, accelerator=accelerator, policy=POLICY, epochs=1).train()
+    assert "init_trackers() was called before the run was entered" in said.text
     assert [step for step, _ in started.rows] == [1, 2, 3, 4, 5, 5]
     assert (started.finished, accelerator.trackers) == (0, [started])
 
