@@ -328,7 +328,10 @@ class Run:
             raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
         self._live.registered[name] = one
         if self._opened is not None:
-            self._live.restore_registered(name, self._opened.manifest.state, self._opened.reader)
+            manifest = self._opened.manifest
+            self._live.restore_registered(name, manifest.state, self._opened.reader, manifest.absent)
+            if "user" in manifest.absent:
+                self._told.tell_absent(["user"])
 
     # The loop
 
