@@ -122,7 +122,10 @@ class Beginning:
     def register(self, name: str) -> None:
         """The checkpoint's part of an object that was registered after the rest was restored."""
         if self.opened is not None:
-            self._live.restore_registered(name, self.opened.manifest.state, self.opened.reader)
+            manifest = self.opened.manifest
+            self._live.restore_registered(name, manifest.state, self.opened.reader, manifest.absent)
+            if "user" in manifest.absent:
+                self._told.tell_absent(["user"])
 
     def begin(self, config: Mapping[str, Json]) -> None:
         """Before the first epoch: everything is registered; what is not as it was is told, the files are let go.

@@ -39,7 +39,8 @@ class Differences:
 
     def tell_absent(self, kinds: Iterable[str]) -> None:
         """Kinds of state that the checkpoint was made without, and something here would have."""
-        self.notes += [f"The checkpoint has {_ABSENT.get(kind, f'no {kind} state')}." for kind in kinds]
+        texts = [f"The checkpoint has {_ABSENT.get(kind, f'no {kind} state')}." for kind in kinds]
+        self.notes += [text for text in texts if text not in self.notes]
 
 
 def warn_of_inexact_device(device: torch.device) -> None:

@@ -102,7 +102,7 @@ class Run:
         self._entered = self._begun = self._in_epoch = False
 
     def _join_parts(self, loader: Any | None) -> None:
-        """What is made of the parts above: where batches come from, how the run begins, what is decided, how it ends."""
+        """What joins the parts: where batches come from, how the run begins, what is decided, how it ends."""
         self._callbacks = Callbacks(self)
         self._intake = Intake(
             self._feed,

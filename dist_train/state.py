@@ -149,13 +149,17 @@ class LiveState:
                 self._load_plain(one, place, state[place], source)
         return told
 
-    def restore_registered(self, name: str, state: Mapping[str, Json], source: TensorSource) -> None:
+    def restore_registered(
+        self, name: str, state: Mapping[str, Json], source: TensorSource, absent: Collection[str] = ()
+    ) -> None:
         """Loads one object that was registered after the rest was restored.
 
         Raises:
-            StateMismatchError: the checkpoint holds nothing for it.
+            StateMismatchError: the checkpoint holds nothing for it, and was not made without such objects.
         """
         place = f"user/{name}"
+        if place not in state and "user" in absent:
+            return
         if place not in state:
             raise StateMismatchError(
                 f"The checkpoint holds nothing for the registered {name!r}. Register it from the first start of a run "
