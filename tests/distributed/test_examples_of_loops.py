@@ -25,7 +25,7 @@ def test_two_models_and_an_average_killed_on_two_ranks_equal_the_run_that_never_
     twin, run_dir = str(tmp_path / "twin"), str(tmp_path / "run")
     run_command(torchrun(2, script, *options, twin), deadline_seconds=LIFE_SECONDS).require_success()
 
-    plan = ChaosPlan(str(tmp_path / "chaos"), seed=3, kills=1, most_micro_steps=44)
+    plan = ChaosPlan(str(tmp_path / "chaos"), seed=5, kills=1, most_micro_steps=44)
     killed = torchrun(2, CHAOS, script, *options, run_dir, max_restarts=2)
     outcome = run_command(killed, deadline_seconds=LIFE_SECONDS, extra=plan.to_environment()).require_success()
     assert len(plan.fired()) == 1
