@@ -145,6 +145,10 @@ class RunProgress:
         """The best so far, and patience. Metrics are equal on all ranks, and so is the verdict."""
         inherited = self.best.monitor if self.best and self.best.monitor in self.metrics else None
         monitor = self._policy.monitor or inherited or next(iter(self.metrics), None)
+        if monitor is None and self._early is not None:
+            raise ConfigError(
+                "early_stopping has no metric to judge by: call run.end_epoch(val_loss=...) after each evaluation."
+            )
         if monitor is None:
             return
         if monitor not in self.metrics:

@@ -185,9 +185,8 @@ class Run:
 
     @property
     def loss_weight(self) -> float:
-        """Multiply the micro-batch's mean loss by it: 1 but for short windows and uneven shares. Without Accelerate,
-        whose `backward` divides by the accumulation, it is the micro-batch's share of its window.
-        """
+        """Multiply the micro-batch's mean loss by it: 1 but for short windows and uneven shares; without Accelerate,
+        whose `backward` divides by the accumulation, the micro-batch's share of its window."""
         return self._feed.micro.weight
 
     @property
@@ -210,8 +209,8 @@ class Run:
         """Where batches are moved to."""
         if self.accelerator is not None:
             return torch.device(self.accelerator.device)
-        parameters = (p for model in self._models.values() for p in model.parameters())
-        return next((p.device for p in parameters), torch.device("cpu"))
+        devices = (parameter.device for model in self._models.values() for parameter in model.parameters())
+        return next(devices, torch.device("cpu"))
 
     # Entering and leaving
 
@@ -279,7 +278,7 @@ class Run:
         if self._in_epoch:
             raise ConfigError("run.epochs() was called inside its own loop; one loop goes over the epochs of a run.")
         self._begin(count)
-        while self._progress.now.epochs_completed < count and not self.should_stop:
+        while self.epochs_completed < count and not self.should_stop:
             self._intake.begin_epoch()
             self._beginning.restore_rng(for_good=not self._intake.is_mid_epoch)
             before = self._progress.now
@@ -394,6 +393,7 @@ class Run:
             self._boundary.stop = StopReason.DONE
         elif self._options.max_time is not None and self.epochs_completed < count:
             self._boundary.begin_session()
+        self._watch.require_unchanged()
         capture = self._live.capture()
         self._watch.require_captured(capture, self._live.registered)
         self._checkpointer.dry_run(capture)
@@ -448,6 +448,5 @@ class Run:
 
 def _named(objects: Any) -> dict[str, Any]:
     """Objects by name; an only one has the name ""."""
-    if objects is None or objects == ():
-        return {}
-    return dict(objects) if isinstance(objects, Mapping) else {"": objects}
+    only = {} if objects is None or objects == () else {"": objects}
+    return dict(objects) if isinstance(objects, Mapping) else only

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from dist_train import errors
-from dist_train.errors import DeadlineError, DisagreementError, DistTrainError, LauncherLostError
+from dist_train.errors import ConfigError, DeadlineError, DisagreementError, DistTrainError, LauncherLostError
 
 Json = Any
 CONTROL_TIMEOUT_SECONDS = 1800.0
@@ -286,7 +286,9 @@ def current_world() -> World:
 
     Raises:
         DisagreementError: several processes were launched and none of them has made the process group.
+        ConfigError: it was made by somebody else, and would not survive the restarts that the launcher promises.
     """
+    _require_group_that_survives_restarts()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return TorchWorld()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -308,7 +310,10 @@ def init_distributed(timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
 
     Raises:
         DeadlineError: not all ranks came; names those that are missing.
+        ConfigError: the group exists, and would not survive the restarts that the launcher promises.
     """
+    global _group_is_ours
+    _require_group_that_survives_restarts()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or world_size < 2 or "RANK" not in os.environ:
         return
@@ -329,7 +334,23 @@ def init_distributed(timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
+    _group_is_ours = True
     atexit.register(_destroy_process_group)
+
+
+_group_is_ours = False
+
+
+def _require_group_that_survives_restarts() -> None:
+    """Accelerator() makes a group of its own where there is none; a restarted worker would hang in it (see above)."""
+    made = dist.is_available() and dist.is_initialized() and not _group_is_ours
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if made and restarts and dist.get_world_size() > 1:
+        raise ConfigError(
+            f"Rank {dist.get_rank()}: the process group was made before dist_train.init_distributed(), probably by "
+            f"Accelerator(). The launcher would restart workers up to {restarts} times, and restarted workers hang in "
+            f"such a group. Call dist_train.init_distributed() at the top of the script, before Accelerator() is made."
+        )
 
 
 def _destroy_process_group() -> None:

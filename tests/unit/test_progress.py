@@ -119,10 +119,15 @@ def test_without_a_monitor_the_first_metric_is_it(tmp_path: Path) -> None:
 
 
 def test_an_epoch_without_metrics_judges_nothing(tmp_path: Path) -> None:
-    one = fresh(tmp_path, early=EarlyStopping(patience=1))
+    one = fresh(tmp_path)
     one.end_epoch({})
     assert one.best is None
     assert not one.patience_is_over
+
+
+def test_early_stopping_without_metrics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="early_stopping has no metric to judge by"):
+        fresh(tmp_path, early=EarlyStopping(patience=1)).end_epoch({})
 
 
 def test_a_missing_monitor_names_what_was_measured(tmp_path: Path) -> None:
