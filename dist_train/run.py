@@ -109,7 +109,7 @@ class Run:
             self._progress,
             should_stop=lambda: self.should_stop,
             show_replay=self._reporter.replay,
-            drop_window=self._drop_gradients,
+            drop_window=self._live.drop_gradients,
         )
         self._intake.adopt(loader)
         self._beginning = Beginning(
@@ -399,13 +399,8 @@ class Run:
         self._checkpointer.dry_run(capture)
         self._callbacks.tell("resumed" if self.resumed_from else "started", path=self.resumed_from or "")
 
-    def _drop_gradients(self) -> None:
-        for one in [*self._models.values(), *self._live.optimizers.values()]:
-            one.zero_grad()
-
     def _log_step(self) -> None:
-        rates = [group["lr"] for optimizer in self._live.optimizers.values() for group in optimizer.param_groups]
-        values = self._progress.log_step(float(rates[0]) if rates else None)
+        values = self._progress.log_step(self._live.learning_rate)
         self._tracking.add(self.global_step, values)
         self._reporter.loss = values["loss"]
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
@@ -413,10 +408,11 @@ class Run:
     def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
         misuse.require_newest(self.run_dir, self)
-        is_last = self.epochs_completed >= self._reporter.epochs
-        evaluation_is_near = not self._feed.knows_epoch_end
         agreed = self._boundary.agree(
-            ends_epoch=ends_epoch, evaluated=evaluated, is_last=is_last, evaluation_is_near=evaluation_is_near
+            ends_epoch=ends_epoch,
+            evaluated=evaluated,
+            is_last=self.epochs_completed >= self._reporter.epochs,
+            evaluation_is_near=not self._feed.knows_epoch_end,
         )
         if self._boundary.is_leaving and not evaluated:
             self._intake.epoch_is_complete = False

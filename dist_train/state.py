@@ -84,6 +84,19 @@ class LiveState:
         self._own_buffers = any(_keeps_own_buffers(model) for model in models.values())
         self.settings = self._settings()
 
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the first parameter group, for the logs."""
+        rates = [group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        return float(rates[0]) if rates else None
+
+    def drop_gradients(self) -> None:
+        """Of a window that was interrupted."""
+        for model in self.models.values():
+            model.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
     def capture(self) -> Capture:
         """Raises UnsaveableStateError, naming the object."""
         capture = Capture()

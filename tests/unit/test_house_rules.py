@@ -24,6 +24,7 @@ ERRORS, GROUND, PARTS, RUN, TRAINER, TOP = range(6)
 LEVEL_OF_MODULE = {
     "errors": ERRORS,
     "world": GROUND,
+    "joining": GROUND,
     "checkpoint.manifest": GROUND,
     "checkpoint.store": GROUND,
     "checkpoint.catalog": GROUND,  # the one definition of "committed", which resume and retention share

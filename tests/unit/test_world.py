@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_train import world as world_module
+from dist_train import joining
 from dist_train.errors import DeadlineError, DisagreementError
 from dist_train.world import SoloWorld, TorchWorld, World, current_world, init_distributed
 
@@ -145,7 +145,7 @@ class Joining(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.generation = world_module._join(*self._arguments)
+            self.generation = joining.join(*self._arguments)
         except Exception as error:
             self.error = error
 
@@ -157,7 +157,7 @@ class Joining(threading.Thread):
 
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world_module, "_POLL_SECONDS", 0.002)
+    monkeypatch.setattr(joining, "_POLL_SECONDS", 0.002)
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_a_leader_that_was_replaced_gives_up(store: dist.Store) -> None:
 
 def test_a_leader_alone_names_the_ranks_that_did_not_come(store: dist.Store) -> None:
     with pytest.raises(DeadlineError, match=r"Rank 0 waited 0 s for all 3 ranks to join; missing: ranks \[1, 2\]\."):
-        world_module._join(store, 0, 3, timeout_seconds=0.05)
+        joining.join(store, 0, 3, timeout_seconds=0.05)
 
 
 def test_a_leader_does_not_name_the_ranks_that_came(store: dist.Store) -> None:
@@ -276,7 +276,7 @@ def test_a_follower_without_a_leader_says_so_and_where_it_looked(
     monkeypatch.setenv("MASTER_ADDR", "node-7")
     monkeypatch.setenv("MASTER_PORT", "1234")
     with pytest.raises(DeadlineError, match=r"rank 0 did not complete the roster\. .*node-7:1234\."):
-        world_module._join(store, 1, 2, timeout_seconds=0.05)
+        joining.join(store, 1, 2, timeout_seconds=0.05)
 
 
 def _roster(store: dist.Store) -> dict[str, Any]:
