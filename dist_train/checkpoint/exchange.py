@@ -188,7 +188,7 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         f"`c = torch.load({path!r}, weights_only=False)` and then "
         f"`torch.save({{k: c[k] for k in ('model_state_dict', 'optimizer_state_dict', 'epoch') if k in c}}, "
         f"'plain.pth')`, with the keys that you find in c (for Lightning: state_dict, optimizer_states, lr_schedulers, "
-        f"epoch, global_step)."
+        f"epoch, global_step); where c is the model itself, `torch.save(c.state_dict(), 'plain.pth')`."
     )
 
 

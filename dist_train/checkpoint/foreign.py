@@ -137,7 +137,8 @@ def _read_dictionary(source: str, loaded: Any, options: ImportOptions) -> Foreig
     if model_key is None:
         raise CorruptCheckpointError(
             f"{source} holds no model: expected one of the keys {', '.join(MODEL_KEYS[:4])} with a state_dict, or a "
-            f"bare state_dict; found {_some(map(str, loaded))}. Save the model's state_dict() under model_state_dict.",
+            f"bare state_dict; found {_some(map(str, loaded))}. Save the model's state_dict() under model_state_dict; "
+            f"of several models a dictionary of them by name.",
             source,
         )
     found = {
@@ -298,9 +299,6 @@ def _find_models(source: str, names: Sequence[str]) -> list[list[str]]:
             return [[os.path.join(source, one) for one in shards]]
         if found := [one for one in names if re.fullmatch(rf"{stem}(_\d+)?\.{ending}", one)]:
             return [[os.path.join(source, one)] for one in sorted(found, key=_number)]
-    rest = [one for one in names if one.endswith(".safetensors")]
-    if len(rest) == 1:
-        return [[os.path.join(source, rest[0])]]
     raise NoCheckpointError(
         f"{source} holds no model that is known: expected model.safetensors, pytorch_model.bin or an index of shards; "
         f"found {_some(names) or 'nothing'}. Give the file itself if it has another name."

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 from torch import nn
 
@@ -204,6 +206,17 @@ def test_several_optimizers_of_lightning_need_names(tmp_path: Path) -> None:
 # Folders
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps what it was first made with in the process, for other tests to stumble over."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_a_folder_that_accelerate_saved_is_imported_and_continued(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     model = build("plain")

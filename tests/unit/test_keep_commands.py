@@ -355,7 +355,7 @@ def test_progress_is_shown_on_a_terminal_only(copy: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("dist_train.console.METER_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["prune", str(copy), "--keep-last", "2", "--yes"]) == 0
-    assert "verify step-00000060  " in terminal.getvalue()
+    assert "verify step-00000060: " in terminal.getvalue()
     assert terminal.getvalue().endswith("\r"), "the live line is taken away"
 
 
