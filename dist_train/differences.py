@@ -94,7 +94,7 @@ def warn_of_unregistered(path: str, state: Mapping[str, Json], registered: Colle
 
 
 def compare_config(
-    then: Mapping[str, Json], today: Mapping[str, Json], world_sizes: tuple[int, int], in_mid_epoch: bool
+    then: Mapping[str, Json], today: Mapping[str, Json], world_sizes: tuple[int, int], in_mid_epoch: bool = False
 ) -> dict[str, tuple[Json, Json]]:
     """Settings other than the optimizer's and scheduler's that have changed: data, epochs, policy, the user's own.
 

@@ -68,6 +68,8 @@ class Reporter:
 
     def report(self, events: Sequence[Event], *, failures: int = 0, most_failures: int = 0, newest: int = -1) -> None:
         """What the writer has done."""
+        if events:  # a live line that tells of a save in flight is out of date
+            self.console.end_live()
         for event in events:
             if isinstance(event, Committed):
                 self._report_commit(event)

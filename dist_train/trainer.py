@@ -71,7 +71,11 @@ class TrainConfig:
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
     log_with: str | Sequence[str] | None = None
-    """Trackers of Accelerate's, for instance `tensorboard` or `wandb`; they write into the run directory."""
+    """Trackers of Accelerate's, for instance `tensorboard` or `wandb`; they write into the run directory.
+
+    wandb takes WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY and its like from the environment; without a network set
+    WANDB_MODE=offline, and `wandb sync RUN/tracker/wandb/offline-run-*` later makes one run of all restarts.
+    """
     deterministic: bool = False
     """Deterministic algorithms, needed for bit for bit exact resumes on a GPU; slower."""
     cpu: bool = False

@@ -14,7 +14,7 @@ from dist_train import console as console_module
 from dist_train import reporter as reporter_module
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Operation, Store
-from dist_train.checkpoint.writer import Writing
+from dist_train.checkpoint.writer import SaveFailed, Writing
 from dist_train.console import ByteMeter, Console, tell_long_work
 from dist_train.reporter import Reporter
 from tests.support.small_run import SmallRun
@@ -69,6 +69,8 @@ def test_the_live_line_shows_the_save_while_training_waits_for_it(tmp_path: Path
     assert terminal.screen() == [""]
     reporter.waiting(writing(12.4e9, 12.4e9, seconds=6.0))
     assert terminal.screen() == ["saving step 1200: 12.4 of 12.4 GB, committing"]
+    reporter.report([SaveFailed(global_step=1200, message="no")])
+    assert terminal.screen() == [""]
 
 
 def test_the_writer_counts_what_it_hands_to_the_disk(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dist_train.checkpoint.store import Store
 from dist_train.history import read_metrics, rows_by_step
 from dist_train.options import RunOptions
 from dist_train.run import Run
-from dist_train.tracking import complete_step
+from dist_train.tracking import Line, WandbView, complete_step
 from dist_train.wandb_file import last_step, steps_of
 from tests.support.launch import ROOT
 from tests.support.small_run import SmallRun, StandIn, smooth_model
@@ -312,3 +312,30 @@ def log_record(data: bytes, position: int, block: int = 32768) -> bytes:
         if not data:
             return written
         first = False
+
+
+# A session that goes on from another's read-only output
+
+
+def test_the_next_session_goes_on_where_the_last_ones_trackers_stand(run_dir: Path, tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    train(run_dir, first, max_steps=8)
+    train(tmp_path / "next" / "ultra", second, search=(str(run_dir),))
+    assert first.rows + second.rows == history(tmp_path / "next" / "ultra")
+    assert second.projects == ["ultra"]
+
+
+def test_what_wandb_wrote_down_in_the_last_session_is_not_given_again(tmp_path: Path) -> None:
+    line = Line(
+        number=1, run_id="abc", run_name="ultra", folder="", places=[str(tmp_path / "new"), str(tmp_path)], config={}
+    )
+    file = tmp_path / "wandb" / "offline-run-20260101_000000-abc" / "run-abc.wandb"
+    file.parent.mkdir(parents=True)
+    pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    record = pb.Record()
+    item = record.history.item.add()
+    item.key, item.value_json = "_step", "8"
+    file.write_bytes(b":W&B\xe1\xbe\x00" + log_record(record.SerializeToString(), 7))
+    assert WandbView(StandIn(), "wandb", line).find_given(-1) == 8
+    file.write_bytes(b":W&B\xe1\xbe\x00" + log_record(b"\xff\xff\xff", 7))
+    assert WandbView(StandIn(), "wandb", line).find_given(5) == 5
