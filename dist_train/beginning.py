@@ -7,7 +7,7 @@ random generators are put back last, when nothing that belongs to the start can 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,11 +127,12 @@ class Beginning:
             if "user" in manifest.absent:
                 self._told.tell_absent(["user"])
 
-    def begin(self, config: Mapping[str, Json]) -> None:
+    def begin(self, config: Mapping[str, Json], notes: Sequence[str]) -> None:
         """Before the first epoch: everything is registered; what is not as it was is told, the files are let go.
 
         Args:
             config: the run's settings now, as manifests record them.
+            notes: what else is to be told, one sentence each.
         """
         if self.opened is None:
             return
@@ -141,8 +142,7 @@ class Beginning:
         then, sizes = manifest.settings.get("config", {}), (manifest.world_size, self._world.world_size)
         told.changes |= differences.compare_config(then, config, sizes, in_mid_epoch)
         differences.warn_of_other_order(told.changes, in_mid_epoch)
-        if "num_samples" in config["data"] and "order" not in config["data"]:
-            told.notes += self._progress.fit_into(config["data"]["num_samples"])
+        told.notes += notes
         self._reporter.where_from(self.opened.path, self._progress.now, self._progress.best)
         self._reporter.resumed(self.opened.path, manifest, told)
         self.opened.reader.close()

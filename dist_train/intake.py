@@ -62,6 +62,14 @@ class Intake:
 
     # Saving and restoring
 
+    def fit(self) -> list[str]:
+        """Ends an epoch whose data has become shorter than the position in it; returns what to say."""
+        sampler, now = training_sampler(self.loader), self._progress.now
+        if sampler is None or not now.samples_into_epoch:
+            return []
+        sampler.set_position(epoch=now.epoch)  # the user's own order may be of another length in each epoch
+        return self._progress.fit_into(sampler.layout.num_samples)
+
     def describe(self) -> dict[str, Json]:
         """What decides which samples are used when, in the epoch that the run is in."""
         sampler, now = training_sampler(self.loader), self._progress.now

@@ -386,7 +386,8 @@ class Run:
             return
         self._begun = True
         self._intake.warn()
-        self._beginning.begin(self._settings()["config"])
+        notes = self._intake.fit()
+        self._beginning.begin(self._settings()["config"], notes)
         if self._progress.patience_is_over:
             self._boundary.stop = StopReason.EARLY_STOPPED
         elif self._boundary.reached_max_steps and self._progress.now.evaluation != "pending":

@@ -156,7 +156,7 @@ def test_the_same_command_shows_no_change(tmp_path: Path, capsys: pytest.Capture
 def test_settings_of_the_user_s_own_are_compared() -> None:
     then = {"user": {"width": 3, "gone": 1, "seed": 1, "epochs": 20}, "data": {"seed": 1}}
     today = {"user": {"width": 4, "new": 1, "seed": 2, "epochs": 25}, "data": {"seed": 2}, "epochs": 25}
-    assert compare_config(then, today, (1, 1)) == {
+    assert compare_config(then, today, (1, 1), False) == {
         "data.seed": (1, 2),
         "epochs": (20, 25),
         "config.width": (3, 4),
@@ -165,8 +165,8 @@ def test_settings_of_the_user_s_own_are_compared() -> None:
 
 def test_accumulation_follows_from_the_world_size() -> None:
     data = {"global_batch_size": 8, "micro_batch_size": 2}
-    assert compare_config({"data": data}, {"data": data}, (1, 4)) == {"data.accumulation_steps": (4, 1)}
-    assert compare_config({"data": {}}, {"data": data}, (1, 4)) == {}
+    assert compare_config({"data": data}, {"data": data}, (1, 4), False) == {"data.accumulation_steps": (4, 1)}
+    assert compare_config({"data": {}}, {"data": data}, (1, 4), False) == {}
 
 
 # The Trainer
