@@ -71,10 +71,7 @@ class Intake:
         return self._progress.fit_into(sampler.layout.num_samples)
 
     def describe(self) -> dict[str, Json]:
-        """What decides which samples are used when, in the epoch that the run is in."""
-        sampler, now = training_sampler(self.loader), self._progress.now
-        if sampler is not None and self.is_mid_epoch:
-            sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
+        """What decides which samples are used when."""
         return describe_sampler(self.loader)
 
     def capture(self) -> dict[str, Json]:
@@ -100,8 +97,11 @@ class Intake:
         if lost and now.evaluation != "pending":
             logger.warning("The checkpoint %s: the training loader begins again at its first batch.", lost)
 
-    def warn(self) -> None:
-        """Once, before the loop: what this loader cannot do exactly."""
+    def prepare(self) -> None:
+        """Once, before the loop: a sampler goes to where the run stands; what a loader cannot do exactly is told."""
+        sampler, now = training_sampler(self.loader), self._progress.now
+        if sampler is not None and now.samples_into_epoch:
+            sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
         if self._user is not None:
             differences.warn_of_user_loader(type(self.loader).__name__, self._user.caveats)
 

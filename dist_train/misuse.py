@@ -64,16 +64,18 @@ def require_used_right(*, entered: bool, in_epoch: bool = True, call: str) -> No
         raise ConfigError(f"{call} belongs inside `for epoch in run.epochs(...):`; no epoch is in progress here.")
 
 
-def note_open(run_dir: str, run: Any) -> None:
-    """This run is the newest of this process on its directory."""
-    _open_runs[os.path.realpath(run_dir)] = run
+def note_open(run_dir: str, run: Any) -> str:
+    """This run is the newest of this process on its directory, whose place is returned for `require_newest`."""
+    place = os.path.realpath(run_dir)
+    _open_runs[place] = run
+    return place
 
 
-def require_newest(run_dir: str, run: Any) -> None:
+def require_newest(place: str, run: Any) -> None:
     """Raises RunInUseError when this process has opened a later run on the same directory."""
-    if _open_runs.get(os.path.realpath(run_dir), run) is not run:
+    if _open_runs.get(place, run) is not run:
         raise RunInUseError(
-            f"{run_dir} was opened by a second Run of this process, which owns it now; this older one ends at once, so "
+            f"{place} was opened by a second Run of this process, which owns it now; this older one ends at once, so "
             f"that two do not write in turns. Give each Run its own run_dir, or leave the first `with` block before "
             f"the second begins."
         )

@@ -112,6 +112,7 @@ class GivenOrder:
         self._epoch = -1
         self._indices: Positions = np.zeros(0, dtype=np.int64)
         self._uses: Positions = self._indices
+        self._digest = ""
 
     def at(self, epoch: int) -> tuple[Positions, Positions]:
         """The epoch's indices, and for each how many times its sample was used before in that epoch.
@@ -122,13 +123,14 @@ class GivenOrder:
         if epoch != self._epoch:
             self._indices = self._checked(epoch, self._function(epoch))
             self._uses = _earlier_uses(self._indices)
+            self._digest = hashlib.blake2b(self._indices.astype("<i8").tobytes(), digest_size=16).hexdigest()
             self._epoch = epoch
         return self._indices, self._uses
 
     def digest(self, epoch: int) -> str:
         """32 hexadecimal digits; another order has others."""
-        indices, _ = self.at(epoch)
-        return hashlib.blake2b(indices.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        self.at(epoch)
+        return self._digest
 
     def _checked(self, epoch: int, given: object) -> Positions:
         found = np.asarray(given)

@@ -52,9 +52,9 @@ class Run:
         run_dir: the run's directory, the same on every restart and shared by all nodes.
         model: prepared (DDP, FSDP2, compiled) or plain; a mapping of names for several.
         optimizer: prepared or plain; a mapping of names for several.
-        accelerator: None serves a plain loop on one device; `step` then counts one update a call.
+        accelerator: None serves a plain loop on one device; `updates_now` then says when the optimizer steps.
         scheduler: not prepared by Accelerate; stepped once an optimizer update.
-        loader: the training loader, from `dist_train.data_loader`; recorded with the run.
+        loader: the training loader, not prepared: from `dist_train.data_loader`, or your own (see `user_loader`).
         policy: when to save and what to keep; every epoch and every 10 minutes, 3 and the best, by default.
         resume: `auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint, which starts a
             branch.
@@ -228,7 +228,7 @@ class Run:
         except BaseException:
             self._checkpointer.close(failed=True)
             raise
-        misuse.note_open(self.run_dir, self)
+        self._place = misuse.note_open(self.run_dir, self)
         self._boundary.open(self._beginning.saved_step)
         self._entered = True
         self._ending.write_status("running")
@@ -385,8 +385,8 @@ class Run:
         if self._begun:
             return
         self._begun = True
-        self._intake.warn()
         notes = self._intake.fit()
+        self._intake.prepare()
         self._beginning.begin(self._settings()["config"], notes)
         if self._progress.patience_is_over:
             self._boundary.stop = StopReason.EARLY_STOPPED
@@ -408,7 +408,7 @@ class Run:
 
     def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
-        misuse.require_newest(self.run_dir, self)
+        misuse.require_newest(self._place, self)
         agreed = self._boundary.agree(
             ends_epoch=ends_epoch,
             evaluated=evaluated,

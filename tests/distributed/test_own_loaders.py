@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.launch import ROOT, run_command, torchrun
 from tests.support.own_loaders import UPDATES_PER_EPOCH, assert_same, plain, train, train_bare
 
 
@@ -43,3 +45,14 @@ def test_persistent_workers_keep_the_order_and_augmentation_is_what_the_caveat_s
         assert torch.equal(batch[:, 0], straight.seen[step][:, 0]), "the samples"
         assert not torch.equal(batch[:, 1:], straight.seen[step][:, 1:]), "the caveat would be idle talk"
     assert "persistent_workers=True keeps the workers' random state" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_on_two_ranks_an_order_and_loaders_of_the_user_s_resume_exactly(tmp_path: Path) -> None:
+    command = torchrun(2, str(ROOT / "tests/support/two_rank_loops.py"), str(tmp_path))
+    run_command(command, deadline_seconds=120).require_success()
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    for loop in ("ordered", "distributed", "stateful"):
+        assert [rank[loop]["differs"] for rank in ranks] == [[], []], loop
+        assert ["batch 0" in rank[loop]["batches"] for rank in ranks] == [False, False], "it began again"
+        assert ranks[0][loop]["first"] != ranks[1][loop]["first"], "the ranks have the same data"
