@@ -30,6 +30,8 @@ Json = Any
 Way = Literal["state", "replay", "restart"]
 # All ranks' states travel through the store into the manifest.
 MOST_STATE_BYTES: Final = 16 << 20
+# Source: torchdata 0.11, stateful_dataloader.py, StatefulDataLoader.__iter__.
+_FINISHED_ITERATOR: Final = "_initial_iter_for_state_dict"
 _GENERATOR_HOLDERS: Final = ("", "sampler", "batch_sampler", "batch_sampler.sampler")
 
 
@@ -133,6 +135,8 @@ class UserLoader:
             if is_complete and not self.is_exhausted:
                 for _ in self.loader:  # from the last batch to the iterator's end, so that the next one begins afresh
                     pass
+            if not self.batches and hasattr(self.loader, _FINISHED_ITERATOR):
+                self._leave_finished_iterator()
         elif in_epoch and self.way == "replay" and not is_complete:
             return self._replay(restored["epoch_start"])
         if restored is not None:
@@ -143,6 +147,14 @@ class UserLoader:
         self._epoch_start = {"rng": capture_rng(), **self._loader_state()}
         self._iterator = iter(self.loader)
         return self._iterator
+
+    def _leave_finished_iterator(self) -> None:
+        """torchdata restores the iterator that the last epoch ended with, finds it finished and makes a second one:
+        two seeds are drawn where the killed run drew one. Here both are made in vain, so that the next is like its.
+        """
+        before = capture_rng()
+        iter(self.loader)
+        restore_rng(before)
 
     def _has_ended(self) -> bool:
         """Whether an iterable dataset ended with the last batch, a short one: its state is the next epoch's already."""
@@ -177,8 +189,6 @@ class UserLoader:
     # The loader's own generators
 
     def _generators(self) -> dict[str, torch.Generator]:
-        if self.loader is self._holder:
-            return {}  # its state_dict has them
         found: dict[str, torch.Generator] = {}
         for path in _GENERATOR_HOLDERS:
             one = self.loader

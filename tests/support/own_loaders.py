@@ -107,6 +107,24 @@ class StatefulLoader:
         self._resumes = self._order is not None
 
 
+class SeedingLoader(StatefulLoader):
+    """What torchdata's does besides: a seed from the global generator for each iterator, two after a finished one."""
+
+    _initial_iter_for_state_dict = False
+    _finished_state = False
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        torch.rand(())
+        if self._finished_state:
+            self._finished_state = False
+            torch.rand(())
+        return super().__iter__()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._finished_state = not self._resumes
+
+
 def plain(num_workers: int = 0, *, own_generator: bool = False, **options: Any) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(8) if own_generator else None
     return DataLoader(

@@ -22,6 +22,7 @@ from tests.support.own_loaders import (
     Augmented,
     Countdown,
     LeaveError,
+    SeedingLoader,
     StatefulLoader,
     Stream,
     assert_same,
@@ -48,7 +49,15 @@ def batches_in_a_list() -> Any:
     return [torch.full((2, 4), float(number)) for number in range(UPDATES_PER_EPOCH)]
 
 
-EXACT = [plain, with_a_generator_of_its_own, batches_in_a_list, stream, StatefulLoader, stateful_of_unknown_length]
+EXACT = [
+    plain,
+    with_a_generator_of_its_own,
+    batches_in_a_list,
+    stream,
+    StatefulLoader,
+    stateful_of_unknown_length,
+    SeedingLoader,
+]
 
 
 def last_manifest(run_dir: Path) -> Any:
