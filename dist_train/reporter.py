@@ -244,5 +244,7 @@ def _writing_parts(writing: Writing | None, now: float) -> list[str]:
 
 
 def _short(value: Json) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -148,7 +148,8 @@ class _Picture:
         for index, run in enumerate(self.runs):
             colour = self._colour(index, 0)
             many = len(run.loss[0]) > 1
-            axis.plot(*run.loss, color=colour, linewidth=1.0, alpha=0.45, label=self._label(run, "training"))
+            if run.loss[0]:
+                axis.plot(*run.loss, color=colour, linewidth=1.0, alpha=0.45, label=self._label(run, "training"))
             if run.train_loss[0]:
                 axis.plot(
                     *run.train_loss, color=colour, **_marked("o"), label=self._label(run, "training, mean of epoch")
