@@ -46,7 +46,7 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def first(run_dir: Path, tmp_path: Path) -> Iterator[Background]:
     """A launch that takes its time, after its second commit."""
-    with Background([*solo(run_dir), "--pause", "0.6"], tmp_path / "first.log") as process:
+    with Background([*solo(run_dir), "--pause", "1.5"], tmp_path / "first.log") as process:
         process.wait_until(lambda: "step-00000004" in checkpoint_names(run_dir), "the commit of step 4")
         yield process
 
