@@ -414,16 +414,17 @@ def test_a_plateau_in_a_tensor_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [chained(0.9), warm_up(9)], ids=["chained", "lambda"])
-def test_a_plateau_that_becomes_a_schedule_counts_updates(build: Build, tmp_path: Path) -> None:
+def test_a_plateau_that_becomes_a_schedule_is_replayed_by_its_own_steps(build: Build, tmp_path: Path) -> None:
     first, second, twin = (
         Script(scheduler=plateau()).build(),
         Script(scheduler=build).build(),
         Script(scheduler=build).build(),
     )
     first.train(METRICS)
-    told = resume(first, second, tmp_path, global_step=4)
+    told = resume(first, second, tmp_path, global_step=50 * len(METRICS))  # stepped once an epoch
     assert told.changes["scheduler"] == ("ReduceLROnPlateau", type(second.scheduler).__name__)
-    assert second.train(worse(6)) == twin.train(worse(10))[4:]
+    assert told.notes == []
+    assert second.train(worse(6)) == twin.train(worse(len(METRICS) + 6))[len(METRICS) :]
 
 
 def test_a_schedule_that_becomes_a_plateau_starts_with_the_rate_that_is_written_now(tmp_path: Path) -> None:
