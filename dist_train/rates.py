@@ -245,7 +245,8 @@ class ScheduledOptimizer:
             self._set_groups(merged)
         for place, scheduler in self.schedulers.items():
             if place in self.saved:
-                self._load_state(scheduler, schedule.merge_scheduler(self.saved[place], scheduler, place))
+                state = decode(schedule.merge_scheduler(self.saved[place], scheduler, place), self.load)
+                scheduler.load_state_dict(schedule.in_kind(state, scheduler.state_dict()))
         if scheduled:
             self.told.notes.append(
                 "The scheduler has been stepped in this process, so a change of its settings takes effect from here on "

@@ -175,6 +175,17 @@ def merge_scheduler(saved: Saved, scheduler: Any, place: str) -> Json:
     return saved.state if saved.settings is None else merge_settings(saved.state, saved.settings, today, place, {})
 
 
+def in_kind(value: Any, live: Any) -> Any:
+    """Numbers as tensors where the live state has some: a rate that comes of one is rounded as it was."""
+    if isinstance(live, torch.Tensor) and isinstance(value, int | float | list):
+        return torch.tensor(value, dtype=live.dtype, device=live.device)
+    if isinstance(live, dict) and isinstance(value, dict):
+        return {key: in_kind(inner, live.get(key)) for key, inner in value.items()}
+    if isinstance(live, list) and isinstance(value, list) and len(live) == len(value):
+        return [in_kind(*pair) for pair in zip(value, live, strict=True)]
+    return value
+
+
 def _hyper(state: Json) -> Json:
     """A scheduler's state without its counters, those of schedulers inside of it too; and without tensors."""
     if isinstance(state, dict) and "$" not in state:

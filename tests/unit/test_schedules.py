@@ -474,6 +474,36 @@ def test_an_imported_one_of_one_s_own_is_the_checkpoint_s(tmp_path: Path) -> Non
     assert (second.scheduler.calls, second.scheduler.decay) == (2, 0.5)
 
 
+class OwnOfTensors(OwnScheduler):
+    """Computes a rate from the one that it began with, which may lie in a tensor."""
+
+    def __init__(self, optimizer: Optimizer, decay: float) -> None:
+        super().__init__(optimizer, decay)
+        self.bases = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        self.calls += 1
+        for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
+            group["lr"] = base * self.decay**self.calls
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "bases": self.bases}
+
+
+def test_one_of_one_s_own_that_keeps_tensors_computes_with_tensors(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"foreach": False}
+    first, second, twin = (
+        Script(
+            lr=torch.tensor(rate), optimizer=AdamW, options=options, scheduler=lambda o: OwnOfTensors(o, 0.9)
+        ).build()
+        for rate in (0.1, 0.07, 0.07)
+    )
+    first.train(worse(3))
+    resume(first, second, tmp_path)
+    assert all(isinstance(base, torch.Tensor) for base in second.scheduler.bases)
+    assert second.train(worse(4))[1:] == twin.train(worse(7))[4:]
+
+
 class OwnCounting(lr.LRScheduler):
     """A subclass of torch's, with one more counter."""
 
