@@ -42,6 +42,8 @@ _MADE_BY_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum
 _CYCLED = frozenset({"momentum", "betas"})
 """What OneCycleLR and CyclicLR move besides the learning rate."""
 _MOST_REDUCTIONS = 10_000
+_ACCELERATED = "AcceleratedScheduler"
+"""Accelerate's wrapper: one call of its `step` may take several steps, or none. Its class was recorded once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,19 @@ class Saved:
     """At construction; None where that was not recorded (an imported checkpoint)."""
     class_name: str
     """Empty where it was not recorded."""
+
+
+def innermost_scheduler(scheduler: Any) -> Any:
+    """Without Accelerate's wrapper."""
+    while type(scheduler).__name__ == _ACCELERATED:
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
+def class_then(settings: Mapping[str, Json], place: str) -> str:
+    """Of a checkpoint's scheduler; empty where it was not recorded."""
+    name: str = settings.get(f"{place}/class", "")
+    return "" if name == _ACCELERATED else name
 
 
 # Settings of a parameter group

@@ -28,7 +28,15 @@ from dist_train.optimizer_state import (
 from dist_train.optimizer_state import positional_name as positional_name
 from dist_train.rates import ScheduledOptimizer
 from dist_train.rng import capture_rng
-from dist_train.schedule import Saved, compare_schedulers, group_settings, merge_scheduler, scheduler_settings
+from dist_train.schedule import (
+    Saved,
+    class_then,
+    compare_schedulers,
+    group_settings,
+    innermost_scheduler,
+    merge_scheduler,
+    scheduler_settings,
+)
 from dist_train.tied import compare_copies, group_tied, storage_key
 from dist_train.tree import decode, encode
 
@@ -78,7 +86,7 @@ class LiveState:
     ) -> None:
         self.models = {name: innermost_module(model) for name, model in models.items()}
         self.optimizers = {name: innermost_optimizer(optimizer) for name, optimizer in optimizers.items()}
-        self.schedulers = dict(schedulers or {})
+        self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
         self.registered: dict[str, Stateful] = {}
         self._own_buffers = any(_keeps_own_buffers(model) for model in models.values())
@@ -207,7 +215,7 @@ class LiveState:
         live = {_place("scheduler", name): scheduler for name, scheduler in self.schedulers.items()}
         owners = {place: self._owner_of(place, scheduler) for place, scheduler in live.items()}
         saved = {
-            place: Saved(json, settings.get(place), settings.get(f"{place}/class", ""))
+            place: Saved(json, settings.get(place), class_then(settings, place))
             for place, json in state.items()
             if place.partition("/")[0] == "scheduler"
         }

@@ -238,3 +238,34 @@ def test_several_that_are_unchanged_are_the_checkpoint_s(tensor: bool, tmp_path:
     told = resume(first, second, tmp_path)
     assert (told.changes, told.notes) == ({}, [])
     assert second.train(7, 20) == first.train(7, 20)
+
+
+# In Accelerate's wrapper
+
+
+@pytest.mark.parametrize("recorded_as", ["ExponentialLR", "AcceleratedScheduler"])
+def test_accelerate_s_wrapper_is_replayed_by_the_steps_of_what_it_wraps(
+    recorded_as: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two processes it takes two steps a call, and none where the optimizer's was skipped."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(AcceleratorState, "num_processes", property(lambda _: 2), raising=False)
+
+    def life(rate: float, updates: int) -> Life:
+        one = Life({"": lambda o: lr.ExponentialLR(o, 0.9)}, rate)
+        optimizer, scheduler = accelerator.prepare(one.optimizer, one.schedulers[""])
+        one.live = LiveState(models={}, optimizers={"": optimizer}, schedulers={"": scheduler})
+        for _ in range(updates):
+            optimizer.step()
+            scheduler.step()
+        return one
+
+    first, second, twin = life(0.1, 4), life(0.05, 0), life(0.05, 4)
+    assert first.live.settings["scheduler/class"] == "ExponentialLR"
+    first.live.settings["scheduler/class"] = recorded_as
+    told = resume(first, second, tmp_path)
+    assert set(told.changes) == {"optimizer[0].lr", "optimizer[0].current_lr"}
+    assert (second.rate, second.schedulers[""].last_epoch) == (twin.rate, 8)
