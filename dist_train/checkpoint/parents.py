@@ -28,8 +28,8 @@ MOST_DIRECTORIES = 10_000
 def find_parents(store: Store, patterns: Sequence[str]) -> list[Store]:
     """Run directories with committed checkpoints of this run, the one with the newest first.
 
-    The run is known by run.json. A fresh run directory takes the run that is there; where several are, the one whose
-    folder has the same name.
+    The run is known by run.json, else by its own newest checkpoint. A fresh run directory takes the run that is there;
+    where several are, the one whose folder has the same name.
 
     Raises:
         ConfigError: several runs are there and none or more than one has that name.
@@ -39,16 +39,22 @@ def find_parents(store: Store, patterns: Sequence[str]) -> list[Store]:
         one = Store(root)
         if known := committed(list_checkpoints(one)):
             runs.setdefault(known[-1][1].run_id, []).append((known[-1][1].sequence, one))
-    run_id = read_run_id(store) or _only_run(store, runs)
+    run_id = read_run_id(store) or id_of_newest(store) or _only_run(store, runs)
     return [one for _, one in sorted(runs.get(run_id, []), key=lambda pair: pair[0], reverse=True)]
 
 
 def read_run_id(store: Store) -> str:
-    """What run.json says; "" where it is missing or damaged."""
+    """What run.json says; "" where it is missing or damaged. Raises OSError where the disk does not give it."""
     try:
         return str(json.loads(store.read(RUN_FILE))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
+
+
+def id_of_newest(store: Store) -> str:
+    """The run that the newest checkpoint of a directory belongs to; "" without one."""
+    known = committed(list_checkpoints(store))
+    return known[-1][1].run_id if known else ""
 
 
 def _only_run(store: Store, runs: dict[str, list[tuple[int, Store]]]) -> str:
