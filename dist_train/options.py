@@ -30,5 +30,8 @@ class RunOptions:
     from DIST_TRAIN_SESSION_START (Unix time) where that is set, else from the start of the launcher."""
     time_reserve: str | float | None = None
     """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
+    own_gradients: bool = False
+    """The loop averages the gradients over the processes by itself: a trained model may then be wrapped by nothing
+    that does."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
