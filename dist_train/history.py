@@ -83,7 +83,7 @@ def _chain(starts: dict[int, Json], attempt: int | None) -> list[tuple[int, int]
     """Attempt and what it keeps of its parent's history, from the newest back."""
     wanted = attempt if attempt is not None else max(starts, default=0)
     chain: list[tuple[int, int]] = []
-    while wanted in starts:
+    while wanted in starts and all(wanted != number for number, _ in chain):  # numbers that were lost may come again
         chain.append((wanted, starts[wanted]["keep"]))
         wanted = starts[wanted]["parent_attempt"]
     return chain

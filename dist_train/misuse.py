@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.errors import ConfigError, RunInUseError
 from dist_train.state import Capture, clean_name
@@ -54,6 +56,36 @@ def refuse_prepared(schedulers: Mapping[str, Any], loader: Any | None) -> None:
             f"run.batches moves batches to the device, and dist_train.data_loader shards (a DataLoader of your own "
             f"takes a torch.utils.data.DistributedSampler)."
         )
+
+
+def require_averaged(
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], world: World
+) -> None:
+    """Raises ConfigError for a model that is trained on several ranks and whose gradients nothing averages over them.
+
+    Args:
+        models: as the Run was given them. A frozen one, and an average that no optimizer moves, need nothing.
+        optimizers: innermost; without any, every parameter that takes a gradient counts as trained.
+    """
+    stepped = {id(p) for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
+    for name, model in models.items() if world.world_size > 1 else ():
+        averaged = {
+            id(p) for part in model.modules() if isinstance(part, DistributedDataParallel) for p in part.parameters()
+        }
+        alone = [
+            key
+            for key, p in model.named_parameters()
+            if p.requires_grad and not isinstance(p, DTensor) and id(p) not in averaged
+            if not stepped or id(p) in stepped
+        ]
+        if alone:
+            raise ConfigError(
+                f"{_title('model', name)} ({type(model).__name__}) was not given to accelerator.prepare: its gradients "
+                f"would not be averaged over the {world.world_size} processes, which would train apart "
+                f"({_some(alone)}). Give the Run what accelerator.prepare returns (or DistributedDataParallel, or a "
+                f"model after fully_shard), and call that in the loop. A loop that averages the gradients by itself "
+                f"says so: options=RunOptions(own_gradients=True)."
+            )
 
 
 def require_used_right(*, entered: bool, in_epoch: bool = True, call: str) -> None:

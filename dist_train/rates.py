@@ -193,7 +193,7 @@ class ScheduledOptimizer:
             is_same = saved.class_name == type(scheduler).__name__ and schedule.can_simulate(scheduler)
             if not is_same or saved.settings is None or steps is None:
                 return None
-            stepped.append((scheduler, decode(saved.settings, self.load), steps))
+            stepped.append((scheduler, decode(saved.settings, self.load), saved.functions, steps))
         groups = [decode(group, self.load) for group in then]
         for group, live in zip(groups, self.optimizer.param_groups, strict=True):
             if isinstance(live["lr"], torch.Tensor):  # rounded as it was then

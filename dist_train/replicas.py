@@ -5,13 +5,15 @@ Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.errors import ConfigError
 from dist_train.state import innermost_module
 from dist_train.world import World
 
@@ -38,6 +40,23 @@ def broadcast_buffers(model: nn.Module, world: World) -> None:
     if world.world_size > 1:
         for buffer in innermost_module(model).buffers():
             world.broadcast_tensor(buffer)
+
+
+def find_model(name: str | None, models: Mapping[str, nn.Module], registered: Mapping[str, Any]) -> nn.Module:
+    """The model or the registered module of that name; None, or an empty name, is the only model.
+
+    Raises:
+        ConfigError: there is none of that name, or it takes one to tell which.
+    """
+    if not name and len(models) == 1:
+        return next(iter(models.values()))
+    modules = {key: one for key, one in registered.items() if isinstance(one, nn.Module)} | dict(models)
+    if name and name in modules:
+        return modules[name]
+    known = ["the run's only model needs no name: run.evaluation()"] if len(models) == 1 else []
+    known += [f"the names are {', '.join(repr(key) for key in modules if key)}"] if any(modules) else []
+    what = "there is no such model" if name else "tell which model"
+    raise ConfigError(f"run.evaluation({name!r}): {what}; {'; '.join(known) or 'the run has none'}.")
 
 
 @contextmanager

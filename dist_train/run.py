@@ -35,7 +35,7 @@ from dist_train.feed import BatchFeed
 from dist_train.intake import Intake
 from dist_train.options import RunOptions
 from dist_train.progress import RunProgress
-from dist_train.replicas import evaluating, fix_bucket_layout
+from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
 from dist_train.state import Capture, LiveState, Stateful
 from dist_train.tracking import Tracking
@@ -91,6 +91,8 @@ class Run:
         self._config = encode(dict(self._options.config or {}), "config", {})
         self._watch = misuse.ParameterWatch(self._live.models, self._live.optimizers)
         misuse.require_one_world(accelerator, self.world)
+        if not self._options.own_gradients:
+            misuse.require_averaged(self._models, self._live.optimizers, self.world)
         self._store = self._options.open_store(self.run_dir)
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
@@ -346,18 +348,14 @@ class Run:
         self._callbacks.tell("epoch_end", metrics=self.metrics)
         self._reach_boundary(ends_epoch=True, evaluated=True)
 
-    def evaluation(self, name: str = "") -> AbstractContextManager[nn.Module]:
+    def evaluation(self, name: str | None = None) -> AbstractContextManager[nn.Module]:
         """A model, unwrapped, in eval mode, with the main rank's buffers and without gradients. Collective.
 
         Args:
-            name: of one of several models, or of a registered module (an average of the weights); not needed for an
-                only model.
+            name: of one of several models, or of a registered module (an average of the weights); None is the only
+                model.
         """
-        modules = {key: one for key, one in self._live.registered.items() if isinstance(one, nn.Module)} | self._models
-        if name not in modules:
-            known = ", ".join(repr(key) for key in modules) or "none"
-            raise ConfigError(f"run.evaluation({name!r}): there is no such model; the names are {known}.")
-        return evaluating(modules[name], self.world)
+        return evaluating(find_model(name, self._models, self._live.registered), self.world)
 
     def stop(self, reason: StopReason = StopReason.DONE) -> None:
         """Asks all ranks to stop at the next agreement; may be called on any rank."""

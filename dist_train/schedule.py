@@ -7,28 +7,28 @@ configured as the script is now, from step 0 on.
     one that counts nothing that we know   -> field by field
 
 Invariant: counters come from the checkpoint, hyper-parameters from the present objects. What an optimizer or a
-scheduler was constructed with is compared, never what training has made of it. A function (a lambda) cannot be
-compared: the present one takes effect at the scheduler's next step.
+scheduler was constructed with is compared, never what training has made of it. A function (a lambda) is compared
+by what it gives at some steps.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import merge
-from itertools import repeat
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.errors import ConfigError
+from dist_train.rng import capture_rng, restore_rng
 from dist_train.tree import encode, merge_settings
+from dist_train.turns import in_turn
 
 Json = Any
 _COUNTERS = frozenset(
@@ -44,6 +44,7 @@ _CYCLED = frozenset({"momentum", "betas"})
 _MOST_REDUCTIONS = 10_000
 _ACCELERATED = "AcceleratedScheduler"
 """Accelerate's wrapper: one call of its `step` may take several steps, or none. Its class was recorded once."""
+_MOST_SAMPLED_STEPS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class Saved:
     """At construction; None where that was not recorded (an imported checkpoint)."""
     class_name: str
     """Empty where it was not recorded."""
+    functions: list[str] | None = None
+    """Fingerprints of its functions at construction, None where they were not recorded."""
 
 
 def innermost_scheduler(scheduler: Any) -> Any:
@@ -149,6 +152,37 @@ def scheduler_settings(scheduler: Any, place: str) -> Json:
     return encode(readable(scheduler.state_dict()), place, {})
 
 
+def fingerprints(scheduler: Any) -> list[str]:
+    """Of each function that decides a rate: what it gives at some steps, since functions cannot be compared.
+
+    A state_dict leaves them out; what they give at these steps differs as good as always when they do.
+    """
+    functions = list(_functions_of(scheduler))
+    if not functions:
+        return []
+    before = capture_rng()  # a function that draws random numbers must not shift those of training
+    found = [_fingerprint(function) for function in functions]
+    restore_rng(before)
+    return found
+
+
+def _functions_of(scheduler: Any) -> Iterator[Callable[[int], Any]]:
+    yield from filter(callable, [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)])
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _functions_of(inner)
+
+
+def _fingerprint(function: Callable[[int], Any]) -> str:
+    values, step, after = [], 0, 1
+    while step < _MOST_SAMPLED_STEPS:
+        try:
+            values.append(float(function(step)).hex())
+        except Exception as error:  # a user's table may end
+            values.append(type(error).__name__)
+        step, after = after, step + after
+    return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
+
+
 def readable(value: Any) -> Any:
     """With numbers in place of tensors."""
     if isinstance(value, torch.Tensor):
@@ -162,6 +196,14 @@ def readable(value: Any) -> Any:
 
 def compare_schedulers(saved: Saved, scheduler: Any, place: str) -> dict[str, tuple[Json, Json]]:
     """Hyper-parameters that differ, or the class."""
+    name = type(scheduler).__name__
+    functions = fingerprints(scheduler)
+    if saved.functions is not None and saved.class_name == name and saved.functions != functions:
+        return {f"{place}.functions": (saved.functions, functions), **_compare_hyper(saved, scheduler, place)}
+    return _compare_hyper(saved, scheduler, place)
+
+
+def _compare_hyper(saved: Saved, scheduler: Any, place: str) -> dict[str, tuple[Json, Json]]:
     name, today = type(scheduler).__name__, scheduler_settings(scheduler, place)
     then = saved.settings
     if then is None:
@@ -263,7 +305,7 @@ def replay(stepped: Mapping[str, tuple[Any, float]]) -> None:
     done = dict.fromkeys(stepped, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of steps without the optimizer's
-        for place in _in_turn({place: steps for place, (_, steps) in stepped.items()}):
+        for place in in_turn({place: steps for place, (_, steps) in stepped.items()}):
             scheduler, steps = stepped[place]
             try:
                 scheduler.step(*([steps] if isinstance(steps, float) else []))
@@ -276,42 +318,28 @@ def replay(stepped: Mapping[str, tuple[Any, float]]) -> None:
             done[place] += 1
 
 
-def _in_turn(counts: Mapping[str, float]) -> Iterator[str]:
-    """The places in the order of their steps: what one makes of a rate depends on what another has made of it before.
-
-    Equally often stepped ones take turns. Of different counts the largest is the clock, and a rarer one is taken to be
-    stepped after every n-th of its steps (once an epoch), n being the largest that gives its count; else evenly.
-    """
-    whole = {place: 1 if isinstance(count, float) else count for place, count in counts.items()}
-    most = max(whole.values(), default=0)
-    often_first = sorted((place for place in whole if whole[place]), key=lambda place: -whole[place])
-    turns = (zip(_times(whole[place], most), repeat(place)) for place in often_first)
-    return (place for _, place in merge(*turns, key=itemgetter(0)))
-
-
-def _times(count: int, most: int) -> Iterator[int]:
-    """After which of the most frequent scheduler's steps each step of one is taken."""
-    every = most // count
-    regular = most // every == count
-    return (number * every if regular else number * most // count for number in range(1, count + 1))
-
-
 def rates_of(
-    groups: Sequence[Mapping[str, Any]], stepped: Sequence[tuple[Any, Mapping[str, Any], float]]
-) -> list[float]:
+    groups: Sequence[Mapping[str, Any]], stepped: Sequence[tuple[Any, Mapping[str, Any], list[str] | None, float]]
+) -> list[float] | None:
     """What schedulers make of an optimizer's rates, simulated; the real ones are not touched.
 
     Args:
         groups: settings of the parameter groups when the schedulers were constructed.
-        stepped: of each, a fresh one of the same class, its state after its construction then, and its steps.
+        stepped: of each, a fresh one of the same class, its state after its construction then, the fingerprints of its
+            functions then, and its steps.
+
+    Returns:
+        None where a function is another one now: what the old one gave is gone.
     """
     trial = torch.optim.SGD([{"params": [torch.zeros(())]} for _ in groups], lr=0.0)
     for group, settings in zip(trial.param_groups, groups, strict=True):
         group.update(settings)
     copies = {}
-    for number, (scheduler, then, steps) in enumerate(stepped):
+    for number, (scheduler, then, functions, steps) in enumerate(stepped):
         one = _copy_onto(trial, scheduler)
         one.load_state_dict(dict(then))
+        if functions not in (None, fingerprints(one)):
+            return None
         copies[str(number)] = (one, steps)
     replay(copies)
     return [float(group["lr"]) for group in trial.param_groups]

@@ -32,6 +32,7 @@ from dist_train.schedule import (
     Saved,
     class_then,
     compare_schedulers,
+    fingerprints,
     group_settings,
     innermost_scheduler,
     merge_scheduler,
@@ -215,7 +216,7 @@ class LiveState:
         live = {_place("scheduler", name): scheduler for name, scheduler in self.schedulers.items()}
         owners = {place: self._owner_of(place, scheduler) for place, scheduler in live.items()}
         saved = {
-            place: Saved(json, settings.get(place), class_then(settings, place))
+            place: Saved(json, settings.get(place), class_then(settings, place), settings.get(f"{place}/functions"))
             for place, json in state.items()
             if place.partition("/")[0] == "scheduler"
         }
@@ -285,6 +286,7 @@ class LiveState:
             place = _place("scheduler", name)
             settings[f"{place}/class"] = type(scheduler).__name__
             settings[place] = scheduler_settings(scheduler, place)
+            settings[f"{place}/functions"] = fingerprints(scheduler)
         return settings
 
     def _parameter_names(self) -> dict[int, str]:

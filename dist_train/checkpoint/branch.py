@@ -44,6 +44,8 @@ class Route:
     """Root, path and manifest digest of the checkpoints to try, best first. Empty is a fresh start."""
     last_sequence: int
     """The highest that the run has used."""
+    notes: list[str]
+    """What people should know of the choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +84,59 @@ def find_route(store: Store, parents: Sequence[Store], request: ResumeRequest, a
         NoCheckpointError, ConfigError: what is asked for cannot be had.
         FormatVersionError: a checkpoint was written by a newer version.
     """
-    placed = [Placed(one, found) for one in (*parents, store) for found in list_checkpoints(one)]
-    for each in placed:
-        if isinstance(each.one.problem, FormatVersionError):
-            raise each.one.problem
+    placed, notes = _place(store, parents)
     record = read_record([store, *parents])
     is_new = request.kind == "branch" and (record is None or record["requested"] != request.text)
     if is_new:
         record = new_record(store, record, request, placed, attempt)
     last = max([last_sequence(record), *(each.sequence for each in placed)], default=0)
     if request.kind == "branch":
-        return Route(record, is_new, candidates(record, placed), last)
+        return Route(record, is_new, candidates(record, placed), last, notes)
     current = [each for each in placed if not is_left_behind(record, each.one)]
     chosen = select_candidates(request, [each.one for each in current], str(store.root))
     tried = [each.candidate for one in chosen for each in current if each.one is one]
     if record is not None and request.kind != "never":  # its origin may lie elsewhere; then what is older here
         first = candidates(record, placed)
         tried = first + [one for one in tried if one not in first]
-    return Route(record, is_new, tried, last)
+    return Route(record, is_new, tried, last, notes)
+
+
+def _place(store: Store, parents: Sequence[Store]) -> tuple[list[Placed], list[str]]:
+    """Every checkpoint of the run, and what people should know.
+
+    Of a parent only what this directory does not have itself, and nothing newer that does not follow from this
+    directory's newest: two sessions that went on from one checkpoint are two lines, and the own one is continued.
+    """
+    own = [Placed(store, found) for found in list_checkpoints(store)]
+    others = [Placed(one, found) for one in parents for found in list_checkpoints(one)]
+    for each in (*others, *own):
+        if isinstance(each.one.problem, FormatVersionError):
+            raise each.one.problem
+    newest = max(own, key=lambda each: each.sequence, default=None)
+    manifests = [each.one.manifest for each in others if each.one.manifest]
+    digest = newest.one.manifest.digest if newest and newest.one.manifest else ""
+    follows = not digest or any(digest in (one.digest, one.parent, one.stripped_from) for one in manifests)
+    taken = {each.sequence for each in own}
+    placed, left = list(own), []
+    for each in others:
+        if each.sequence in taken:
+            continue
+        if newest is not None and not follows and each.sequence > newest.sequence:
+            left.append(each)
+            continue
+        taken.add(each.sequence)
+        placed.append(each)
+    return placed, [_told_of_other_line(store, left)] if left else []
+
+
+def _told_of_other_line(store: Store, left: Sequence[Placed]) -> str:
+    newest = max(left, key=lambda each: each.sequence)
+    path = newest.store.shown(newest.one.path)
+    return (
+        f"{path} is newer than what {store.given} holds, but does not follow from it: another session has gone on from "
+        f"an older checkpoint. This directory's own newest is continued; to go on from the other one give its path as "
+        f"resume=, or an empty run directory."
+    )
 
 
 def new_record(store: Store, record: Json, request: ResumeRequest, placed: Sequence[Placed], attempt: int) -> Json:

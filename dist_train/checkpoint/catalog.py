@@ -23,6 +23,11 @@ class Found:
     manifest: Manifest | None
     problem: CheckpointError | None = None
 
+    @property
+    def could_not_be_read(self) -> bool:
+        """The disk gave an error in place of the manifest's bytes, which says nothing about them."""
+        return self.problem is not None and isinstance(self.problem.__cause__, OSError)
+
 
 def list_checkpoints(store: Store) -> list[Found]:
     """All folders under committed names, oldest first: by sequence, the unreadable ones before all others."""
@@ -44,6 +49,8 @@ def read_checkpoint(store: Store, path: str) -> Found:
     except FileNotFoundError:
         return Found(path, None, CheckpointError(f"{full}: there is no {MANIFEST_NAME}; it was never committed.", full))
     except OSError as error:
-        return Found(path, None, CheckpointError(f"{full}: the manifest cannot be read: {error}.", full))
+        problem = CheckpointError(f"{full}: the manifest cannot be read: {error}.", full)
+        problem.__cause__ = error
+        return Found(path, None, problem)
     except CheckpointError as error:
         return Found(path, None, error)

@@ -34,7 +34,7 @@ from dist_train.checkpoint.manifest import (
     step_name,
 )
 from dist_train.checkpoint.ownership import Ownership
-from dist_train.checkpoint.parents import read_run_id
+from dist_train.checkpoint.parents import id_of_newest, read_run_id
 from dist_train.checkpoint.plan import Plan, make_plan, signature_of
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.restorer import Opened, Restorer
@@ -130,7 +130,8 @@ class Checkpointer:
     def _take_over(self) -> Json:
         assert self._ownership is not None
         self.store.require_writable()
-        attempt = self._ownership.acquire()
+        recorded = [manifest.attempt for _, manifest in committed(list_checkpoints(self.store))]
+        attempt = self._ownership.acquire(at_least=max(recorded, default=0) + 1)
         self.store.make_directory(CHECKPOINTS)
         for name in self.store.list(CHECKPOINTS):
             if name.startswith(SAVING_PREFIX):
@@ -143,9 +144,8 @@ class Checkpointer:
         self._restorer.find_parents()
         if run_id := read_run_id(self.store):
             return run_id
-        places = [self.store, *self._restorer.parents]
-        known = [manifest for one in places for _, manifest in committed(list_checkpoints(one))[-1:]]
-        run_id = known[0].run_id if known else uuid.uuid4().hex
+        known = [id_of_newest(one) for one in (self.store, *self._restorer.parents)]
+        run_id = next(filter(None, known), uuid.uuid4().hex)
         created = {"run_id": run_id, "created": time.time(), "format": FORMAT_VERSION}
         self.store.replace(RUN_FILE, json.dumps(created).encode())
         return run_id

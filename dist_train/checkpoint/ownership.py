@@ -21,6 +21,8 @@ from dist_train.checkpoint.store import Store
 from dist_train.errors import RunInUseError
 
 OWNER = f"{ATTEMPTS}/owner.json"
+_LOOPBACK = ("", "localhost", "::1")
+"""Addresses that mean another machine on each machine."""
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 15.0
 """How long a silent owner is watched before it counts as dead; `DIST_TRAIN_OWNER_PATIENCE` (seconds) overrides it."""
@@ -94,15 +96,19 @@ class Ownership:
     def attempt(self) -> int:
         return self._owner.attempt
 
-    def acquire(self) -> int:
+    def acquire(self, at_least: int = 1) -> int:
         """Takes the directory over and returns the attempt's number.
+
+        Args:
+            at_least: above every number that is recorded elsewhere: a copy of the directory may have left out the
+                empty files of attempts/.
 
         Raises:
             RunInUseError: the owner shows life, or two launches started at the same moment and the other one won.
         """
         self._store.make_directory(ATTEMPTS)
         self._require_dead_owner()
-        attempt = newest_attempt(self._store) + 1
+        attempt = max(newest_attempt(self._store) + 1, at_least)
         try:
             self._store.create_exclusive(f"{ATTEMPTS}/{attempt:06d}")
         except FileExistsError as error:
@@ -192,7 +198,9 @@ def read_owner(store: Store) -> Owner | None:
 def _launch(environment: Mapping[str, str], host: str) -> str:
     run_id = environment.get("TORCHELASTIC_RUN_ID", "")
     if run_id and run_id != "none":
-        return f"{run_id} {environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+        address = environment.get("MASTER_ADDR", "")
+        here = host if address in _LOOPBACK or address.startswith("127.") else ""
+        return " ".join(filter(None, [run_id, f"{address}:{environment.get('MASTER_PORT')}", here]))
     leader = os.getppid() if run_id else os.getpid()
     return f"{host} {leader} {_started(leader)}"
 

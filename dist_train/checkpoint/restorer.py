@@ -7,12 +7,14 @@ Invariant: what cannot be used is named with its reason and set aside, never del
 
 from __future__ import annotations
 
+import errno
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dist_train.checkpoint import branch
-from dist_train.checkpoint.catalog import list_checkpoints, read_checkpoint
+from dist_train.checkpoint.catalog import Found, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.manifest import CHECKPOINTS, CORRUPT_PREFIX, Manifest
 from dist_train.checkpoint.parents import find_parents
 from dist_train.checkpoint.reader import CheckpointReader
@@ -20,10 +22,13 @@ from dist_train.checkpoint.resume import ResumeRequest
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
 from dist_train.console import ByteMeter, tell_long_work
-from dist_train.errors import CorruptCheckpointError, NoCheckpointError
+from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StorageError
 from dist_train.world import World
 
 Json = Any
+_PATIENCE_SECONDS = (0.2, 1.0)
+"""Between tries to read what the disk did not give."""
+_UNKNOWN_SEQUENCES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +71,8 @@ class Restorer:
         self._search = search
         self._attempt = 0
         self._branch_is_new = False
+        self._unread: list[str] = []
+        """Checkpoints that the disk did not give when they were tried; equal on all ranks."""
 
     def find_parents(self) -> None:
         """Looks into the read-only places of `search`; on the main rank."""
@@ -85,6 +92,7 @@ class Restorer:
             opened = self._try_open(root, path, digest)
             if opened is not None:
                 return opened
+        self._require_read()
         if candidates and request.kind in ("must", "branch"):
             raise NoCheckpointError(
                 f"resume={resume!r}, but no checkpoint can be used. {' '.join(self.problems)} "
@@ -93,12 +101,47 @@ class Restorer:
         return None
 
     def _candidates(self, request: ResumeRequest) -> Json:
+        unread = self._find_unread()
         route = branch.find_route(self._store, self.parents, request, self._attempt)
-        self.branch, self._branch_is_new, self.last_sequence = route.record, route.is_new, route.last_sequence
+        self.branch, self._branch_is_new = route.record, route.is_new
+        # Of one that cannot be read nobody knows the sequence; gaps mean nothing.
+        self.last_sequence = route.last_sequence + (_UNKNOWN_SEQUENCES if unread else 0)
+        self.problems += route.notes
         for one in list_checkpoints(self._store) if request.kind != "branch" else ():
-            if one.problem is not None:
+            if one.problem is not None and not one.could_not_be_read:
                 self._set_aside(one.path, str(one.problem))
+        if unread and not route.candidates:
+            raise StorageError(self._unread_message([str(one.problem) for one in unread]))
         return route.candidates
+
+    def _find_unread(self) -> list[Found]:
+        """Checkpoints whose manifest the disk did not give, after some patience: a bad sector at the most.
+
+        Raises:
+            StorageError: it is the disk's or the process's trouble, and not the checkpoint's.
+        """
+        for patience in (*_PATIENCE_SECONDS, None):
+            unread = [one for one in list_checkpoints(self._store) if one.could_not_be_read]
+            if not unread or patience is None:
+                break
+            time.sleep(patience)
+        causes = [one.problem.__cause__ for one in unread if one.problem]
+        if any(isinstance(cause, OSError) and cause.errno != errno.EIO for cause in causes):
+            raise StorageError(self._unread_message([str(one.problem) for one in unread]))
+        self.problems += [f"{one.problem} It was left as it is." for one in unread]
+        return unread
+
+    def _require_read(self) -> None:
+        """A run that has checkpoints does not begin anew because the disk has not given them. Equal on all ranks."""
+        if self._unread:
+            raise StorageError(self._unread_message(self._unread))
+
+    def _unread_message(self, problems: Sequence[str]) -> str:
+        return (
+            f"{self._store.root} holds checkpoints, and none was resumed from, since the disk did not give their "
+            f"bytes: {' '.join(problems)} Nothing was changed. Run the same command again when the disk answers; to "
+            f"go on without them move their folders away first."
+        )
 
     def settle_branch(self) -> bool:
         """Once the state is restored: records the branch and moves newer checkpoints out of the way. Collective.
@@ -113,22 +156,27 @@ class Restorer:
         """Collective: None on all ranks when any rank cannot use it."""
         own = root == str(self._store.root)
         store = self._store if own else Store(root)
-        opened, problem = self._open(store, path, digest)
-        problems = [text for text in self._world.gather(problem, f"whether {path} verifies") if text]
-        if not problems:
+        opened, problem, unread = self._open(store, path, digest)
+        found = [one for one in self._world.gather([problem, unread], f"whether {path} verifies") if one[0]]
+        if not found:
             return opened
         if opened is not None:
             opened.reader.close()
-        name_it = self._set_aside if own else self._pass_over
-        self._world.on_main(lambda: name_it(path, problems[0]), f"what becomes of {path}")
+        problem, unread = found[0][0], any(one[1] for one in found)
+        if unread:
+            self._unread.append(f"{path}: {problem}.")
+        name_it = self._set_aside if own and not unread else self._pass_over
+        self._world.on_main(lambda: name_it(path, problem), f"what becomes of {path}")
         return None
 
-    def _open(self, store: Store, path: str, digest: str) -> tuple[Opened | None, str]:
+    def _open(self, store: Store, path: str, digest: str) -> tuple[Opened | None, str, bool]:
+        """The checkpoint, or what is wrong with it, and whether that is the disk's answer and not its bytes."""
         found = read_checkpoint(store, path)
         if found.manifest is None:
-            return None, str(found.problem)
+            return None, str(found.problem), found.could_not_be_read
         if found.manifest.digest != digest:
-            return None, f"rank {self._world.rank} reads manifest {found.manifest.digest}, the main rank {digest}"
+            wrong = f"rank {self._world.rank} reads manifest {found.manifest.digest}, the main rank {digest}"
+            return None, wrong, False
         share = sorted(found.manifest.files)[self._world.rank :: self._world.world_size]
         total = sum(found.manifest.files[name].size for name in share)
         name = path.rsplit("/", 1)[-1]
@@ -136,15 +184,16 @@ class Restorer:
         damages = verify_checkpoint(store, path, found.manifest, files=share, on_bytes=meter.add)
         tell_long_work(f"Verified {name}", meter)
         if damages:
-            return None, "; ".join(str(damage) for damage in damages)
+            unread = any(damage.could_not_be_read for damage in damages)
+            return None, "; ".join(str(damage) for damage in damages), unread
         try:
             reader = CheckpointReader(store, path, found.manifest, rank=self._world.rank)
         except (OSError, ValueError, CorruptCheckpointError) as error:
-            return None, str(error)
-        return Opened(path=store.shown(path), manifest=found.manifest, reader=reader, origin=store), ""
+            return None, str(error), isinstance(error, OSError)
+        return Opened(path=store.shown(path), manifest=found.manifest, reader=reader, origin=store), "", False
 
     def _pass_over(self, path: str, problem: str) -> None:
-        """Another run's checkpoint is left as it is."""
+        """Another run's checkpoint, or one that the disk did not give, is left as it is."""
         self.problems.append(f"{path} cannot be used: {problem}.")
 
     def _set_aside(self, path: str, problem: str) -> None:

@@ -26,6 +26,8 @@ class Damage:
     start: int | None = None
     stop: int | None = None
     """The first wrong bytes lie in [start, stop), where that is known."""
+    could_not_be_read: bool = False
+    """The disk gave an error in place of the bytes, which says nothing about them."""
 
     def __str__(self) -> str:
         span = "" if self.start is None or self.stop is None else f" (bytes {self.start} to {self.stop - 1})"
@@ -94,7 +96,7 @@ def _verify_file(
     except FileNotFoundError:
         return Damage(name, "is missing")
     except OSError as error:
-        return Damage(name, f"cannot be read: {error.strerror or error}")
+        return Damage(name, f"cannot be read: {error.strerror or error}", could_not_be_read=True)
     return None if found.entry().digest == entry.digest else _first_wrong_block(name, entry, found.entry())
 
 

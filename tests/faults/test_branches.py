@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,40 @@ def test_a_search_resumes_without_copying_and_saves_into_its_own_directory(origi
     assert run.best == 5 / 7
     ids = {json.loads((one / "run.json").read_text())["run_id"] for one in (own, parent)}
     assert len(ids) == 1
+
+
+def test_a_damaged_run_file_does_not_hand_the_run_to_a_namesake(original: Path, tmp_path: Path) -> None:
+    """The run is known by its own newest checkpoint then, not by what `search` finds under the same name."""
+    own = copy_run(original, tmp_path / "work" / "run")
+    (own / "run.json").write_bytes(b"")
+    train_quietly(tmp_path / "input" / "1" / "run", policy=KEEP_ALL)  # another run, as far on
+    search = [str(tmp_path / "input" / "*" / "*")]
+    resumed_from = train_quietly(own, policy=KEEP_ALL, search=search).run.resumed_from
+    assert resumed_from == f"{own}/checkpoints/{THIRD}"
+
+
+@pytest.mark.parametrize("epochs_there", [3, 5])
+def test_another_session_s_line_does_not_replace_the_own_one(epochs_there: int, original: Path, tmp_path: Path) -> None:
+    """Both went on from epoch 1, with other rates; the other line is as far on, or further."""
+    one, other = (copy_run(original, tmp_path / name / "run") for name in ("a", "b"))
+    for line in (one, other):
+        for name in (SECOND, THIRD):
+            shutil.rmtree(line / "checkpoints" / name)
+    train_quietly(one, lr=LR, policy=KEEP_ALL)
+    train_quietly(other, lr=2 * LR, policy=KEEP_ALL, epochs=epochs_there)
+    ended = train_quietly(one, lr=LR, policy=KEEP_ALL, epochs=4, search=[str(tmp_path / "b")])
+    assert ended.run.resumed_from == f"{one}/checkpoints/{THIRD}"
+    assert ("does not follow from it" in ended.output) is (epochs_there > 3)
+
+
+def test_a_later_session_s_output_is_continued_where_it_follows_from_the_own_newest(
+    original: Path, tmp_path: Path
+) -> None:
+    own = copy_run(original, tmp_path / "own" / "run")
+    later = copy_run(original, tmp_path / "later" / "run")
+    train_quietly(later, policy=KEEP_ALL, epochs=4)
+    ended = train_quietly(own, policy=KEEP_ALL, epochs=5, search=[str(tmp_path / "later")])
+    assert ended.run.resumed_from == f"{later}/checkpoints/step-00000020"
 
 
 def test_a_branch_from_a_parent_goes_on_in_the_next_session(original: Path, branched: Path, tmp_path: Path) -> None:

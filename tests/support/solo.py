@@ -50,16 +50,17 @@ def train(
     on_step: Callable[[Run], None] = lambda run: None,
     model: torch.nn.Module | None = None,
     lr: float = 1e-2,
+    epochs: int = 3,
     **options: Any,
 ) -> Run:
-    """Trains three epochs, from where the run directory stands; `on_step` is called after each update."""
+    """Trains three epochs or so many, from where the run directory stands; `on_step` is called after each update."""
     model = build_model() if model is None else model
     optimizer, scheduler = build_optimizer(model, lr)
     loader = data_loader(Augmented(NUM_SAMPLES), global_batch_size=GLOBAL_BATCH, seed=3)
     told = RunOptions(log_every_steps=1, **options)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     with Run(str(run_dir), **parts, policy=policy, resume=resume, options=told) as run:
-        for _ in run.epochs(3):
+        for _ in run.epochs(epochs):
             model.train()
             for batch in run.batches(loader):
                 loss, _, _ = loss_fn(model, batch)

@@ -200,3 +200,10 @@ def test_what_was_measured_at_one_step_is_one_row(tmp_path: Path) -> None:
         4: {"loss": 3.0},
         5: {"loss": 2.0, "lr": 0.1, "train_loss": 2.5, "val": 7.0},
     }
+
+
+def test_numbers_of_attempts_that_came_again_end_the_chain(tmp_path: Path) -> None:
+    log_of(tmp_path, 1, None, 0, [5, 4])
+    log_of(tmp_path, 2, 1, 2, [3])
+    log_of(tmp_path, 1, 2, 3, [2])
+    assert losses_of(tmp_path, 1)

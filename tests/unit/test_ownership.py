@@ -255,6 +255,9 @@ def test_launches_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     elastic = {"TORCHELASTIC_RUN_ID": "job-7", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     assert launch(**elastic) == launch(**elastic)
     assert launch(**elastic) != launch(**{**elastic, "MASTER_PORT": "29501"})
+    here = {**elastic, "MASTER_ADDR": "127.0.0.1"}
+    assert launch(**here) == launch(**here)
+    assert HERE.host in launch(**here), "the same address and port on each machine"
     local = {**elastic, "TORCHELASTIC_RUN_ID": "none"}
     assert launch(**local) == launch(**{**local, "MASTER_PORT": "29501"}), "one agent on this machine"
     assert launch(**local) != launch()

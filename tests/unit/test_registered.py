@@ -156,3 +156,13 @@ def test_evaluation_knows_models_and_registered_modules_by_name(tmp_path: Path) 
             assert one is models["b"]
         with pytest.raises(dt.DistTrainError, match="the names are 'average', 'a', 'b'"):
             run.evaluation("numbers")
+
+
+def test_an_only_model_needs_no_name_in_evaluation(tmp_path: Path) -> None:
+    for number, model in enumerate((network(), {"net": network()})):
+        with dt.Run(str(tmp_path / str(number)), model=model) as run:
+            for name in (None, ""):
+                with run.evaluation(name) as one:
+                    assert not one.training
+            with pytest.raises(dt.DistTrainError, match=r"there is no such model; the run's only model needs no name"):
+                run.evaluation("zzz")

@@ -923,7 +923,7 @@ def test_evaluation_puts_modes_back_when_it_fails(run_dir: Path) -> None:
 def test_evaluation_of_several_models_asks_for_a_name(run_dir: Path) -> None:
     with (
         Run(str(run_dir), model={"a": smooth_model(), "b": smooth_model()}) as run,
-        pytest.raises(ConfigError, match="there is no such model; the names are 'a', 'b'"),
+        pytest.raises(ConfigError, match="tell which model; the names are 'a', 'b'"),
     ):
         run.evaluation()
 

@@ -66,6 +66,10 @@ def cosine(steps: int = 20) -> Callable[[Optimizer], Any]:
     return lambda optimizer: lr.CosineAnnealingLR(optimizer, steps, eta_min=1e-3)
 
 
+def decay(factor: float) -> Callable[[Optimizer], Any]:
+    return lambda optimizer: lr.LambdaLR(optimizer, lambda step: factor**step)
+
+
 def plateau(factor: float = 0.5, **options: Any) -> Callable[[Optimizer], Any]:
     return lambda optimizer: lr.ReduceLROnPlateau(optimizer, factor=factor, **{"patience": 1, **options})
 
@@ -206,6 +210,7 @@ class OwnWarmUp(lr.LRScheduler):
         pytest.param({"other": warm_up(8), "plateau": plateau()}, {}, "settings", id="imported"),
         pytest.param({"other": warm_up(8), "plateau": plateau()}, {"other": cosine()}, None, id="another class"),
         pytest.param({"other": plateau(0.9), "plateau": plateau()}, {}, None, id="two plateaus"),
+        pytest.param({"other": decay(0.9), "plateau": plateau()}, {"other": decay(0.8)}, None, id="another lambda"),
         pytest.param({"other": warm_up(8), "plateau": plateau()}, {"other": plateau()}, None, id="one more plateau"),
     ],
 )

@@ -1,0 +1,34 @@
+"""A model that several processes would train apart, with real workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import ROOT, run_command, torchrun
+
+pytestmark = pytest.mark.distributed
+
+
+def test_a_model_whose_gradients_nothing_averages_is_refused_on_every_rank(tmp_path: Path) -> None:
+    command = torchrun(2, str(ROOT / "tests/support/apart.py"), str(tmp_path))
+    run_command(command, deadline_seconds=120, extra={"ACCELERATE_USE_CPU": "true"}).require_success()
+    for rank in range(2):
+        told: dict[str, str] = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        refused = {name: message for name, message in told.items() if message}
+        assert list(refused) == [
+            "bare",
+            "bare without an accelerator",
+            "bare without an optimizer",
+            "bare beside a prepared one",
+            "what was prepared, by its old name",
+        ]
+        assert refused["bare"].startswith(
+            "The model (Sequential) was not given to accelerator.prepare: its gradients would not be averaged over the "
+            "2 processes, which would train apart (0.bias, 0.weight, 1.bias, 1.weight)."
+        )
+        assert "RunOptions(own_gradients=True)" in refused["bare"]
+        assert refused["bare beside a prepared one"].startswith("The model 'd' (Sequential) was not given")
+        assert len(told) - len(refused) == 6
