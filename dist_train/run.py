@@ -90,6 +90,7 @@ class Run:
         )
         self._config = encode(dict(self._options.config or {}), "config", {})
         self._watch = misuse.ParameterWatch(self._live.models, self._live.optimizers)
+        self._schedules = misuse.SchedulerWatch(_named(optimizer), _named(scheduler))
         misuse.require_one_world(accelerator, self.world)
         if not self._options.own_gradients:
             misuse.require_averaged(self._models, self._live.optimizers, self.world)
@@ -395,6 +396,7 @@ class Run:
         self._watch.require_unchanged()
         capture = self._live.capture()
         self._watch.require_captured(capture, self._live.registered)
+        self._schedules.warn_of_unsaved(self._live.registered)
         self._checkpointer.dry_run(capture)
         self._callbacks.tell("resumed" if self.resumed_from else "started", path=self.resumed_from or "")
 
