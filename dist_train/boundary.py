@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 from dist_train.agreement import Agreed, Agreement
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
-from dist_train.checkpoint.policy import CheckpointPolicy, Moment, parse_seconds, should_save
+from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed
-from dist_train.errors import ConfigError, LauncherLostError, SaveFailedError, StopReason
+from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
 from dist_train.health.deadline import Deadline, session_start
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.state import Capture
+from dist_train.units import parse_seconds
 from dist_train.world import World, launcher_is_gone
 
 Snapshot = Callable[[str], tuple[Capture, Draft]]
@@ -226,15 +227,9 @@ class Boundary:
 
 
 def make_deadline(max_time: str | float | None, time_reserve: str | float | None, *, is_main: bool) -> Deadline:
-    """The end of the session; the clock is the main rank's.
-
-    Raises:
-        ConfigError: a time that is none.
-    """
+    """The end of the session; the clock is the main rank's. `RunOptions` has checked the times."""
     reserve = None if time_reserve is None else parse_seconds(time_reserve)
     seconds = None if max_time is None else parse_seconds(max_time)
-    if seconds is not None and seconds <= 0:
-        raise ConfigError(f"max_time is {max_time!r}; it must be longer than nothing, for instance '11h30m'.")
     if seconds is None or not is_main:
         return Deadline()
     return Deadline(seconds, age_seconds=time.time() - session_start(), reserve_seconds=reserve)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.checkpoint.store import Store
+from dist_train.errors import ConfigError
 from dist_train.metrics import EarlyStopping
+from dist_train.units import parse_seconds
 
 Json = Any
 
@@ -35,3 +37,22 @@ class RunOptions:
     that does."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
+
+    def __post_init__(self) -> None:
+        require_times("RunOptions", self.max_time, self.time_reserve)
+
+
+def require_times(owner: str, max_time: str | float | None, time_reserve: str | float | None) -> None:
+    """Raises ConfigError for a `max_time` or `time_reserve` that is none, in the name of the class it was given to."""
+    for name, value, least in (
+        ("max_time", max_time, "longer than nothing"),
+        ("time_reserve", time_reserve, "0 or more"),
+    ):
+        if value is None:
+            continue
+        try:
+            seconds = parse_seconds(value)
+        except ConfigError as error:
+            raise ConfigError(f"{owner}.{name}: {error}") from None
+        if seconds < 0 or (name == "max_time" and seconds == 0):
+            raise ConfigError(f"{owner}.{name} is {value!r}; it must be {least}, for instance '11h30m'.")

@@ -7,15 +7,16 @@ configured as the script is now, from step 0 on.
     one that counts nothing that we know   -> field by field
 
 Invariant: counters come from the checkpoint, hyper-parameters from the present objects. What an optimizer or a
-scheduler was constructed with is compared, never what training has made of it. A function (a lambda) cannot be
-compared: the present one takes effect at the scheduler's next step.
+scheduler was constructed with is compared, never what training has made of it. A function (a lambda) is compared
+by what it gives at some steps.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.errors import ConfigError
+from dist_train.rng import capture_rng, restore_rng
 from dist_train.tree import encode, merge_settings
 
 Json = Any
@@ -37,6 +39,7 @@ _MADE_BY_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum
 _CYCLED = frozenset({"momentum", "betas"})
 """What OneCycleLR and CyclicLR move besides the learning rate."""
 _MOST_REDUCTIONS = 10_000
+_MOST_SAMPLED_STEPS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Saved:
     """At construction; None where that was not recorded (an imported checkpoint)."""
     class_name: str
     """Empty where it was not recorded."""
+    functions: list[str] | None = None
+    """Fingerprints of its functions at construction, None where they were not recorded."""
 
 
 # Settings of a parameter group
@@ -129,6 +134,37 @@ def scheduler_settings(scheduler: Any, place: str) -> Json:
     return encode(readable(scheduler.state_dict()), place, {})
 
 
+def fingerprints(scheduler: Any) -> list[str]:
+    """Of each function that decides a rate: what it gives at some steps, since functions cannot be compared.
+
+    A state_dict leaves them out; what they give at these steps differs as good as always when they do.
+    """
+    functions = list(_functions_of(scheduler))
+    if not functions:
+        return []
+    before = capture_rng()  # a function that draws random numbers must not shift those of training
+    found = [_fingerprint(function) for function in functions]
+    restore_rng(before)
+    return found
+
+
+def _functions_of(scheduler: Any) -> Iterator[Callable[[int], Any]]:
+    yield from filter(callable, [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)])
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _functions_of(inner)
+
+
+def _fingerprint(function: Callable[[int], Any]) -> str:
+    values, step, after = [], 0, 1
+    while step < _MOST_SAMPLED_STEPS:
+        try:
+            values.append(float(function(step)).hex())
+        except Exception as error:  # a user's table may end
+            values.append(type(error).__name__)
+        step, after = after, step + after
+    return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
+
+
 def readable(value: Any) -> Any:
     """With numbers in place of tensors."""
     if isinstance(value, torch.Tensor):
@@ -142,6 +178,14 @@ def readable(value: Any) -> Any:
 
 def compare_schedulers(saved: Saved, scheduler: Any, place: str) -> dict[str, tuple[Json, Json]]:
     """Hyper-parameters that differ, or the class."""
+    name = type(scheduler).__name__
+    functions = fingerprints(scheduler)
+    if saved.functions is not None and saved.class_name == name and saved.functions != functions:
+        return {f"{place}.functions": (saved.functions, functions), **_compare_hyper(saved, scheduler, place)}
+    return _compare_hyper(saved, scheduler, place)
+
+
+def _compare_hyper(saved: Saved, scheduler: Any, place: str) -> dict[str, tuple[Json, Json]]:
     name, today = type(scheduler).__name__, scheduler_settings(scheduler, place)
     then = saved.settings
     if then is None:

@@ -28,7 +28,14 @@ from dist_train.optimizer_state import (
 from dist_train.optimizer_state import positional_name as positional_name
 from dist_train.rates import ScheduledOptimizer
 from dist_train.rng import capture_rng
-from dist_train.schedule import Saved, compare_schedulers, group_settings, merge_scheduler, scheduler_settings
+from dist_train.schedule import (
+    Saved,
+    compare_schedulers,
+    fingerprints,
+    group_settings,
+    merge_scheduler,
+    scheduler_settings,
+)
 from dist_train.tied import compare_copies, group_tied, storage_key
 from dist_train.tree import decode, encode
 
@@ -207,7 +214,9 @@ class LiveState:
         live = {_place("scheduler", name): scheduler for name, scheduler in self.schedulers.items()}
         owners = {place: self._owner_of(place, scheduler) for place, scheduler in live.items()}
         saved = {
-            place: Saved(json, settings.get(place), settings.get(f"{place}/class", ""))
+            place: Saved(
+                json, settings.get(place), settings.get(f"{place}/class", ""), settings.get(f"{place}/functions")
+            )
             for place, json in state.items()
             if place.partition("/")[0] == "scheduler"
         }
@@ -277,6 +286,7 @@ class LiveState:
             place = _place("scheduler", name)
             settings[f"{place}/class"] = type(scheduler).__name__
             settings[place] = scheduler_settings(scheduler, place)
+            settings[f"{place}/functions"] = fingerprints(scheduler)
         return settings
 
     def _parameter_names(self) -> dict[int, str]:

@@ -24,7 +24,7 @@ from dist_train.checkpoint.store import Store
 from dist_train.data import data_loader, evaluation_loader
 from dist_train.errors import ConfigError, StopReason
 from dist_train.metrics import EarlyStopping, Mean, Metric
-from dist_train.options import RunOptions
+from dist_train.options import RunOptions, require_times
 from dist_train.run import Run
 from dist_train.world import current_world, init_distributed
 
@@ -92,6 +92,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"TrainConfig.{name} is {value!r}; it must be a whole number of at least 1.")
+        require_times("TrainConfig", self.max_time, self.time_reserve)
         if self.mixed_precision not in ("no", "bf16", "fp16", "auto"):
             raise ConfigError(
                 f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16', 'fp16' or 'auto'."

@@ -25,7 +25,7 @@ def heading_lines(sides: Sequence[tuple[str, Manifest]]) -> list[str]:
     lines = []
     for letter, (path, manifest) in zip("ab", sides, strict=True):
         progress = manifest.progress
-        done = f"step {progress.global_step:,}, {counted(progress.epochs_completed, 'epoch')} completed"
+        done = f"step {progress.global_step}, {counted(progress.epochs_completed, 'epoch')} completed"
         lines += wrap(f"{path} ({done})", "   ", first=f"{letter}  ")
     return lines
 

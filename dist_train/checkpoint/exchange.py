@@ -65,7 +65,7 @@ def export_checkpoint(
     to: str | None = None,
     *,
     form: Format = "pth",
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     weights_only: bool = False,
     force: bool = False,
 ) -> Exported:
@@ -79,7 +79,7 @@ def export_checkpoint(
         which: `latest`, `best`, `epoch:15`, `step:1200` or a path; None is the best if there is one, else the latest.
         to: the file to be written, for `hf` the folder; a file of a directory that exists gets the name that None
             gives it in the working directory: the run's and the checkpoint's.
-        max_shard_bytes: for `hf`, the most bytes of one file (a larger tensor has one of its own).
+        max_shard_bytes: for `hf` alone, the most bytes of one file (a larger tensor has one of its own); None is 5 GB.
         weights_only: for `pth`, leave the optimizer's, scheduler's and scaler's state out.
         force: replace what is there.
 
@@ -90,7 +90,9 @@ def export_checkpoint(
     """
     if form not in FORMATS:
         raise ConfigError(f"{form!r} is no format of an export; give {', '.join(FORMATS)}.")
-    if max_shard_bytes < 1:
+    if max_shard_bytes is not None and form != "hf":
+        raise ConfigError(f"The format {form} is one file: a largest size of a file goes with the format hf alone.")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ConfigError(f"A shard of {max_shard_bytes} bytes holds nothing; give at least 1 byte (5GB is usual).")
     whole = form == "pth" and not weights_only
     store = open_run(run_dir)
@@ -105,7 +107,7 @@ def export_checkpoint(
         if form == "pth":
             count, written = 1, _write_pth(manifest, reader, target, size, weights_only, force, meter)
         else:
-            limit = None if form == "safetensors" else max_shard_bytes
+            limit = None if form == "safetensors" else max_shard_bytes or SHARD_BYTES
             count, written = _write_safetensors(manifest, reader, target, limit, force, meter)
     finally:
         meter.pause()
@@ -179,6 +181,8 @@ def _why_not_loaded(path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "weights_only" not in text and "Weights only" not in text:
         why = text.split(". ")[0] or type(error).__name__
+        if isinstance(error, OSError):  # a seek before its beginning: the number of the error helps nobody
+            why = "it ends too early"
         return f"{path} cannot be read as a file of torch.save ({why}). It is damaged, cut short or of another kind."
     match = _REFUSED.search(text)
     what = f"{match[1]}, which is code of a library or script" if match else "something that is not plain data"
@@ -186,9 +190,10 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         f"{path} was not loaded: it wants {what}, and loading that would run it; nothing was executed. If you trust "
         f"the file, make plain data of it where it can be loaded, and import that: "
         f"`c = torch.load({path!r}, weights_only=False)` and then "
-        f"`torch.save({{k: c[k] for k in ('model_state_dict', 'optimizer_state_dict', 'epoch') if k in c}}, "
-        f"'plain.pth')`, with the keys that you find in c (for Lightning: state_dict, optimizer_states, lr_schedulers, "
-        f"epoch, global_step); where c is the model itself, `torch.save(c.state_dict(), 'plain.pth')`."
+        f"`torch.save({{k: v for k, v in c.items() if k not in ('config', 'args', 'hyper_parameters')}}, "
+        f"'plain.pth')`, where the words in brackets are the keys of c that hold more than tensors and numbers; all "
+        f"others are kept, so that optimizer, scheduler and scaler go on. Where c is the model itself, "
+        f"`torch.save(c.state_dict(), 'plain.pth')`."
     )
 
 

@@ -105,7 +105,7 @@ def _read_step(rest: dict[str, Any], optimizers: Sequence[Any], given: int | Non
         return max(told, 0)
     counted = [_number(one.get("step")) for state in optimizers for one in state["state"].values() if _has_step(one)]
     if known := [int(count) for count in counted if count is not None]:
-        notes.append(f"the global step is taken from the optimizer's own count of updates, {max(known):,}")
+        notes.append(f"the global step is taken from the optimizer's own count of updates, {max(known)}")
         return max(known)
     notes.append("it does not say how many updates were made: the global step is taken as 0 (--global-step)")
     return 0

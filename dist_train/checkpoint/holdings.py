@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from dist_train.checkpoint import branch
 from dist_train.checkpoint.catalog import Found, read_checkpoint
@@ -27,6 +28,7 @@ from dist_train.checkpoint.trash import discard
 from dist_train.console import bytes_text
 
 logger = logging.getLogger(__name__)
+Json = Any
 Check = Callable[[str, Manifest], str]
 """Reads a checkpoint back: what is wrong with it, "" where it is whole."""
 
@@ -36,7 +38,8 @@ def survey(
 ) -> list[Holding]:
     """Every checkpoint folder of a run directory but those in flight or on the way out; without their sizes."""
     pins, record = read_pins(store), branch.read_record([store])
-    why = protected or {}
+    found = find_checkpoints(store)
+    why = {**_origin_of_unsaved_branch(store, record, found), **(protected or {})}
 
     def hold(one: Found, place: Place) -> Holding:
         unread = "cannot be used; the next start sets it aside" if one.manifest is None and place == "current" else ""
@@ -51,13 +54,21 @@ def survey(
             problem=unread,
         )
 
-    found = find_checkpoints(store)
     aside = [name for name in store.list(CHECKPOINTS) if name.startswith(CORRUPT_PREFIX)]
     return [
         *(hold(one, "abandoned" if branch.is_left_behind(record, one) else "current") for one in found),
         *(hold(read_checkpoint(store, path), "abandoned") for path in find_abandoned(store)),
         *(hold(read_checkpoint(store, f"{CHECKPOINTS}/{name}"), "corrupt") for name in aside),
     ]
+
+
+def _origin_of_unsaved_branch(store: Store, record: Json, found: Sequence[Found]) -> dict[str, str]:
+    """The one checkpoint of this directory that the branch can start from as long as it has none of its own."""
+    if record is None or record["origin"][0] != str(store.root):
+        return {}
+    if any(one.manifest and one.manifest.sequence >= record["first_sequence"] for one in found):
+        return {}
+    return {record["origin"][1]: "a branch starts from it that has saved nothing yet"}
 
 
 def measure(store: Store, holdings: Sequence[Holding]) -> tuple[list[Holding], int]:
@@ -86,17 +97,21 @@ def prove(
     return list(known.values()), verdict
 
 
-def carry_out(store: Store, decision: Decision) -> bool:
-    """Deletes or strips one checkpoint; False where that was not to be (pinned meanwhile, gone, an error)."""
+def carry_out(store: Store, decision: Decision, *, unless: Callable[[], bool] = lambda: False) -> bool:
+    """Deletes or strips one checkpoint; False where that was not to be (pinned meanwhile, gone, an error).
+
+    Args:
+        unless: asked as pins are, once more when the checkpoint is out of the way: it is put back where this says so.
+    """
     one = decision.holding
 
-    def is_pinned_now() -> bool:
-        return is_pinned(one.manifest, read_pins(store))
+    def must_stay() -> bool:
+        return is_pinned(one.manifest, read_pins(store)) or unless()
 
-    if is_pinned_now():
+    if must_stay():
         return False
     if decision.action == "delete":
-        gone = store.exists(one.path) and discard(store, one.path, unless=is_pinned_now)
+        gone = store.exists(one.path) and discard(store, one.path, unless=must_stay)
         folder = one.path.rpartition("/")[0]
         if folder.startswith(f"{ABANDONED}/") and not store.list(folder):
             with contextlib.suppress(OSError):
@@ -104,7 +119,7 @@ def carry_out(store: Store, decision: Decision) -> bool:
         return gone
     assert one.manifest is not None
     try:
-        return strip(store, one.path, one.manifest, is_pinned=is_pinned_now)
+        return strip(store, one.path, one.manifest, is_pinned=must_stay)
     except OSError as error:
         logger.warning("%s keeps its optimizer until the next commit: %s.", store.path(one.path), error)
         return False

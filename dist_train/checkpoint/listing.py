@@ -169,7 +169,7 @@ def _status_text(status: Facts, owner: Facts | None) -> str:
     held = ""
     if owner and not owner["released"] and status.get("status") != "killed":
         held = f"; held by process {owner['pid']} on {owner['hostname']}"
-    return f"{status.get('status')}{code} at step {status.get('global_step', 0):,}, {epochs} completed{held}"
+    return f"{status.get('status')}{code} at step {status.get('global_step', 0)}, {epochs} completed{held}"
 
 
 def _progress_pairs(one: Facts) -> dict[str, str]:
@@ -193,7 +193,7 @@ def _kept_text(one: Facts) -> str:
 def _progress_text(one: Facts) -> str:
     progress = one["progress"]
     samples, total = progress["samples_into_epoch"], (one["data"] or {}).get("num_samples")
-    parts = [f"step {progress['global_step']:,}", f"{counted(progress['epochs_completed'], 'epoch')} completed"]
+    parts = [f"step {progress['global_step']}", f"{counted(progress['epochs_completed'], 'epoch')} completed"]
     if samples:
         parts.append(f"{samples:,}{f' of {total:,}' if total else ''} samples into epoch {progress['epoch'] + 1}")
     if progress["evaluation"] == "pending":
@@ -209,7 +209,7 @@ def _best_text(best: Facts | None) -> str:
     value = metric_text(best["monitor"], best["value"])
     direction = "lower" if best["mode"] == "min" else "higher"
     known = best["global_step"] or best["epochs_completed"]  # an import may tell the value alone
-    place = f" at step {best['global_step']:,}, epoch {best['epochs_completed']}" if known else ""
+    place = f" at step {best['global_step']}, epoch {best['epochs_completed']}" if known else ""
     return f"{best['monitor']} {value}{place} ({direction} is better)"
 
 

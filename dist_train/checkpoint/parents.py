@@ -11,6 +11,7 @@ import glob
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 
 from dist_train.checkpoint.catalog import committed, list_checkpoints
@@ -62,11 +63,21 @@ def _only_run(store: Store, runs: dict[str, list[tuple[int, Store]]]) -> str:
     chosen = namesakes if len(runs) > 1 else list(runs)
     if len(chosen) == 1 or not runs:
         return next(iter(chosen), "")
-    places = ", ".join(sorted(str(one.root) for found in runs.values() for _, one in found))
+    told = "; ".join(_run_text(run, places) for run, places in sorted(runs.items()))
     raise ConfigError(
-        f"search finds {len(runs)} different runs ({places}), and not exactly one of them is called "
-        f"{store.root.name}. Let the pattern match one run, or give resume= the path of the checkpoint to continue."
+        f"search finds {len(runs)} different runs: {told}. Not exactly one of them lies in a folder called "
+        f"{store.root.name}. Let search find only the one to continue (in a notebook, remove the input that holds the "
+        f"other), give the run directory the name of its folder, or give resume= the path of a checkpoint of it."
     )
+
+
+def _run_text(run_id: str, places: list[tuple[int, Store]]) -> str:
+    """One run with what is newest of it, and every place that holds a part of it."""
+    newest_first = [one for _, one in sorted(places, key=lambda pair: pair[0], reverse=True)]
+    newest = committed(list_checkpoints(newest_first[0]))[-1][1]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.committed_at))
+    where = " and ".join(str(one.root) for one in newest_first)
+    return f"run {run_id} (newest: step {newest.progress.global_step} of {when}) in {where}"
 
 
 def _run_directories(patterns: Sequence[str], own: str) -> Iterator[str]:

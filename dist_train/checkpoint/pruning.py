@@ -4,7 +4,8 @@
 
 Invariant: what the run may be using stays. While an owner lives that is: staging folders, the newest two checkpoints,
 and the one that its attempt resumed from until it has committed its first. An attempt of which nobody can tell yet
-where it resumes from stops everything.
+where it resumes from stops everything, whenever it starts: who holds the directory is asked first of all, and again
+around each deletion.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.holdings import Check, carry_out, measure, prove, size_of_a_save, survey
-from dist_train.checkpoint.manifest import EVENTS_LOG, Manifest
+from dist_train.checkpoint.manifest import ATTEMPTS, EVENTS_LOG, Manifest
 from dist_train.checkpoint.ownership import newest_attempt, read_owner
 from dist_train.checkpoint.parents import read_run_id
 from dist_train.checkpoint.policy import CheckpointPolicy
@@ -28,6 +29,16 @@ Json = Any
 NEWEST_OF_A_LIVING_RUN = 2
 
 
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """Who holds the directory: changes with each attempt that starts, at once."""
+
+    newest: int
+    """The newest attempt."""
+    owner: int | None
+    """The one that has said who it is; None where nobody has, as in a run that was unpacked."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruning:
     """What is to be pruned by which policy, as of the moment that it was opened."""
@@ -37,7 +48,7 @@ class Pruning:
     unwanted: Collection[Place]
     run_id: str
     monitor: str | None
-    attempt: int
+    hold: _Hold
     is_live: bool
     holdings: list[Holding] = field(repr=False)
     other_bytes: int
@@ -78,13 +89,18 @@ class Pruning:
             RunInUseError: a new attempt began meanwhile, of which nothing is known.
         """
         for decision in verdict.given_up():
-            if newest_attempt(self.store) != self.attempt:
-                raise RunInUseError(
-                    f"A new attempt of the run began in {self.store.given} while it was pruned: what is left to do was "
-                    f"left alone. Run the same command again."
-                )
-            if carry_out(self.store, decision):
+            self._require_same_hold()
+            if carry_out(self.store, decision, unless=lambda: _look_up(self.store) != self.hold):
                 yield decision
+            else:  # it may have been put back for the sake of an attempt that began at that moment
+                self._require_same_hold()
+
+    def _require_same_hold(self) -> None:
+        if _look_up(self.store) != self.hold:
+            raise RunInUseError(
+                f"A new attempt of the run began in {self.store.given} while it was pruned: what is left to do was "
+                f"left alone. Run the same command again."
+            )
 
 
 def open_pruning(store: Store, changes: dict[str, Json], unwanted: Collection[Place]) -> Pruning:
@@ -97,6 +113,8 @@ def open_pruning(store: Store, changes: dict[str, Json], unwanted: Collection[Pl
         NoCheckpointError: the run has no checkpoint that can be used.
         RunInUseError: an attempt lives of which nobody can tell where it resumes from.
     """
+    hold = _look_up(store)  # before all else: whatever an attempt does that starts later, it shows
+    _require_settled(store, hold)
     known = committed(list_checkpoints(store))
     if not known:
         raise NoCheckpointError(f"{store.given} holds no checkpoint that can be used: there is nothing to prune.")
@@ -104,8 +122,10 @@ def open_pruning(store: Store, changes: dict[str, Json], unwanted: Collection[Pl
     policy = replace(recorded_policy(store, newest), **changes)
     owner = read_owner(store)
     is_live = owner is not None and not owner.is_known_to_be_gone()
-    protected = _used_by_the_living(store, known) if is_live else {}
+    protected = _used_by_the_living(store, known, hold.newest) if is_live else {}
     holdings, other_bytes = measure(store, survey(store, protected=protected))
+    if (now := _look_up(store)) != hold:
+        raise _starting(store, now.newest)
     best = newest.best.monitor if newest.best else None
     return Pruning(
         store=store,
@@ -113,7 +133,7 @@ def open_pruning(store: Store, changes: dict[str, Json], unwanted: Collection[Pl
         unwanted=unwanted,
         run_id=read_run_id(store) or newest.run_id,
         monitor=policy.monitor or best,
-        attempt=newest_attempt(store),
+        hold=hold,
         is_live=is_live,
         holdings=holdings,
         other_bytes=other_bytes,
@@ -131,19 +151,39 @@ def recorded_policy(store: Store, newest: Manifest) -> CheckpointPolicy:
         ) from error
 
 
-def _used_by_the_living(store: Store, known: Sequence[tuple[str, Manifest]]) -> dict[str, str]:
+def _look_up(store: Store) -> _Hold:
+    newest, owner = newest_attempt(store), read_owner(store)
+    return _Hold(newest, owner.attempt if owner else None)
+
+
+def _require_settled(store: Store, hold: _Hold) -> None:
+    """An attempt takes its number first and says who it is then; in between nobody can tell whether it lives."""
+    if hold.owner is not None and hold.owner < hold.newest:
+        marker = store.shown(f"{ATTEMPTS}/{hold.newest:06d}")
+        raise _starting(
+            store,
+            hold.newest,
+            f" If nothing is starting there, it died in its first moment (on a full disk, for instance): remove "
+            f"{marker}, an empty file that is all of it, and run the same command again.",
+        )
+
+
+def _starting(store: Store, attempt: int, more: str = "") -> RunInUseError:
+    return RunInUseError(
+        f"Attempt {attempt} is starting in {store.given}, and nobody can tell yet which checkpoint it resumes from. "
+        f"Nothing was changed. Try again in a moment, when it trains.{more}"
+    )
+
+
+def _used_by_the_living(store: Store, known: Sequence[tuple[str, Manifest]], attempt: int) -> dict[str, str]:
     """Paths that a living attempt may be using, and why."""
-    attempt = newest_attempt(store)
     why = f"one of the newest {NEWEST_OF_A_LIVING_RUN} while attempt {attempt} lives"
     used = {path: why for path, _ in known[-NEWEST_OF_A_LIVING_RUN:]}
     if any(manifest.attempt == attempt for _, manifest in known):
         return used
     origin = _origin_of(store, attempt)
     if origin is None:
-        raise RunInUseError(
-            f"Attempt {attempt} is starting in {store.given}, and nobody can tell yet which checkpoint it resumes "
-            f"from. Nothing was changed. Try again in a moment, when it trains."
-        )
+        raise _starting(store, attempt)
     used |= {path: f"attempt {attempt} resumed from it" for path, one in known if _is_named(one, origin)}
     return used
 

@@ -11,10 +11,10 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dist_train.checkpoint.policy import parse_bytes
 from dist_train.commands.command import AddCommand, print_json, print_lines, selector
 from dist_train.console import bytes_text, metric_text
 from dist_train.errors import ConfigError, ExitCode
+from dist_train.units import parse_bytes
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.adoption import Adopted
@@ -43,8 +43,8 @@ def _add_export(add: AddCommand) -> None:
     one.add_argument("--format", choices=("pth", "safetensors", "hf"), default="pth", help=formats)
     one.add_argument("--to", metavar="PATH", help="file or folder to be written; RUN-WHICH.pth here by default")
     one.add_argument("--weights-only", action="store_true", help="without the state of optimizer, scheduler, scaler")
-    shards = "largest file of a Hugging Face folder; 5GB by default"
-    one.add_argument("--max-shard-size", metavar="SIZE", type=_size, default=5_000_000_000, help=shards)
+    shards = "largest file of --format hf; 5GB by default"
+    one.add_argument("--max-shard-size", metavar="SIZE", type=_size, help=shards)
     one.add_argument("--force", action="store_true", help="replace what is there")
 
 
@@ -135,6 +135,8 @@ def _export_lines(done: Exported) -> list[str]:
         lines.append(f"Not in it: {', '.join(done.left_out)}")
     if done.format == "pth":
         lines.append(f"Load it with torch.load({done.path!r}, weights_only=True)")
+    if done.format == "hf":
+        lines.append("For from_pretrained, copy config.json (and the tokenizer's files) of the model beside it")
     return lines
 
 
@@ -167,7 +169,7 @@ def _pack_lines(done: Packed) -> list[str]:
 
 
 def _moment(epochs: int, step: int) -> str:
-    return f"epoch {epochs}, step {step:,}"
+    return f"epoch {epochs}, step {step}"
 
 
 def _words(text: str) -> tuple[str, ...]:

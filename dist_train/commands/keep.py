@@ -14,7 +14,6 @@ from typing import Any
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.ownership import newest_attempt
 from dist_train.checkpoint.pins import pin, unpin
-from dist_train.checkpoint.policy import parse_bytes
 from dist_train.checkpoint.pruning import Pruning, open_pruning
 from dist_train.checkpoint.pruning_listing import done_line, name_of, plan_lines, summary_lines
 from dist_train.checkpoint.retention import Decision, Verdict
@@ -23,6 +22,7 @@ from dist_train.checkpoint.store import Store
 from dist_train.commands.command import AddCommand, print_json, print_lines, selector
 from dist_train.console import ByteMeter, EventLog, print_text
 from dist_train.errors import ConfigError, ExitCode, NoCheckpointError, StorageError
+from dist_train.units import parse_bytes
 
 Json = Any
 _COUNTS = {

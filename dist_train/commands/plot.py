@@ -135,7 +135,7 @@ class _Picture:
             self._finish(axis, is_first=number == 0)
         self.figure.align_ylabels(axes)
         axes[-1].set_xlabel("step (optimizer updates)")
-        axes[-1].xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+        axes[-1].xaxis.set_major_formatter(lambda step, _: f"{step:.0f}")
         names = ", ".join(run.name for run in self.runs)
         axes[0].set_title(names, loc="left", fontsize=13, fontweight="bold", pad=12)
         if len(self.runs) == 1:

@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dist_train.checkpoint import ownership
+from dist_train.checkpoint import ownership, pruning
 from dist_train.checkpoint.catalog import read_checkpoint
-from dist_train.checkpoint.holdings import carry_out, survey
+from dist_train.checkpoint.holdings import carry_out, measure, survey
 from dist_train.checkpoint.manifest import CHECKPOINTS, Manifest
+from dist_train.checkpoint.ownership import newest_attempt
 from dist_train.checkpoint.pins import add_pin, pin, read_pins, remove_pin
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.pruning import open_pruning
@@ -23,7 +25,7 @@ from dist_train.checkpoint.store import Operation, Store
 from dist_train.checkpoint.stripping import strip, sweep, weights_only
 from dist_train.checkpoint.writer import Pruned, Stripped
 from dist_train.cli import main
-from dist_train.errors import NoCheckpointError
+from dist_train.errors import NoCheckpointError, RunInUseError
 from tests.support.crash_states import Event as DiskEvent
 from tests.support.crash_states import Recorder, RecordingStore, Synced, crash_states
 from tests.support.faults import FaultPlan
@@ -319,13 +321,73 @@ def test_prune_stops_when_a_new_attempt_begins_meanwhile(fresh: Path, capsys: py
     with solo_run(fresh, CheckpointPolicy(keep_last=9)) as run:
         for step in (3, 4, 5):
             run.save(step)
-    pruning = open_pruning(Store(fresh), {"keep_last": 2, "keep_best": 0}, ())
-    done = pruning.carry_out(pruning.foresee()[0])
+    opened = open_pruning(Store(fresh), {"keep_last": 2, "keep_best": 0}, ())
+    done = opened.carry_out(opened.foresee()[0])
     next(done)
     (fresh / "attempts" / "000099").touch()
     with pytest.raises(Exception, match="A new attempt of the run began"):
         next(done)
     assert len(whole(fresh)) == 4
+
+
+def begin_attempt(root: Path) -> None:
+    """As an attempt does first of all; that it says who it is comes next."""
+    (root / "attempts" / "000002").touch()
+
+
+PRUNE_ALL_BUT_ONE = ("--keep-last", "1", "--keep-best", "0", "--yes")
+
+
+@pytest.mark.parametrize("says_who_it_is", [False, True])
+def test_prune_gives_nothing_up_when_an_attempt_begins_while_it_looks_around(
+    says_who_it_is: bool, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = whole(fresh)
+
+    def measure_slowly(*arguments: Any) -> Any:
+        if says_who_it_is:
+            runs.append(SoloRun(Store(fresh)).open())
+        else:
+            begin_attempt(fresh)
+        return measure(*arguments)
+
+    runs: list[SoloRun] = []
+    monkeypatch.setattr(pruning, "measure", measure_slowly)
+    assert main(["prune", str(fresh), *PRUNE_ALL_BUT_ONE]) == 1
+    assert "Attempt 2 is starting in" in capsys.readouterr().err
+    assert whole(fresh) == before
+    assert all(run.close() == [] for run in runs)
+
+
+def test_prune_stops_before_an_attempt_that_has_not_said_yet_who_it_is(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin_attempt(fresh)
+    assert main(["prune", str(fresh), *PRUNE_ALL_BUT_ONE]) == 1
+    told = capsys.readouterr().err
+    assert "Attempt 2 is starting in" in told
+    assert f"remove {fresh}/attempts/000002" in told
+    assert len(whole(fresh)) == 2
+    (fresh / "attempts" / "000002").unlink()  # as the message says, of one that died in that moment
+    assert main(["prune", str(fresh), *PRUNE_ALL_BUT_ONE]) == 0
+    assert len(whole(fresh)) == 1
+
+
+def test_a_checkpoint_is_put_back_when_an_attempt_begins_while_it_is_being_deleted(fresh: Path) -> None:
+    before = whole(fresh)
+    store = Store(fresh, observer=at("rename", "step-00000001", lambda: begin_attempt(fresh)))
+    opened = open_pruning(store, {"keep_last": 1, "keep_best": 0}, ())
+    with pytest.raises(RunInUseError, match="A new attempt of the run began"):
+        list(opened.carry_out(opened.foresee()[0]))
+    assert newest_attempt(Store(fresh)) == 2, "it did begin"
+    assert whole(fresh) == before
+
+
+def test_a_run_that_was_unpacked_and_never_begun_is_pruned(fresh: Path) -> None:
+    """Nobody has said who holds it, though it has the number of an attempt."""
+    (fresh / "attempts" / "owner.json").unlink()
+    assert main(["prune", str(fresh), *PRUNE_ALL_BUT_ONE]) == 0
+    assert len(whole(fresh)) == 1
 
 
 def test_what_is_unknown_in_a_stripped_folder_is_left_alone(fresh: Path) -> None:

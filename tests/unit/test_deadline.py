@@ -229,7 +229,7 @@ def test_a_run_stops_by_itself_saves_and_is_continued(
     run_dir: Path, tmp_path: Path, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = session(7.5)
-    run = SmallRun(run_dir=run_dir, max_time="1", at_batch=passing(clock, 1.0)).train()
+    run = SmallRun(run_dir=run_dir, max_time="1s", at_batch=passing(clock, 1.0)).train()
     assert (run.reason, run.exit_code, run.global_step) == (StopReason.TIME_LIMIT, 0, 7)
     assert manifests_of(run_dir)[-1]["progress"]["global_step"] == 7
     assert events_of(run_dir, "stopped")[-1]["reason"] == "time_limit"
@@ -248,7 +248,7 @@ def test_an_evaluation_that_does_not_fit_is_left_to_the_next_session(
     run_dir: Path, tmp_path: Path, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = session(18.0)
-    small = SmallRun(run_dir=run_dir, max_time="1", at_batch=passing(clock, 1.0))
+    small = SmallRun(run_dir=run_dir, max_time="1s", at_batch=passing(clock, 1.0))
 
     def evaluate(run: Run) -> dict[str, float]:
         clock.now += 6.0
@@ -274,10 +274,10 @@ def test_a_run_that_is_done_when_its_time_is_over_is_done(run_dir: Path, session
     def tick(run: Run) -> None:
         clock.now += 5.0 if run.global_step == 3 * UPDATES_PER_EPOCH - 1 else 0.1
 
-    run = SmallRun(run_dir=run_dir, max_time="1", at_batch=tick).train()
+    run = SmallRun(run_dir=run_dir, max_time="1s", at_batch=tick).train()
     clock.now = 1e9
     assert run.reason is StopReason.DONE
-    again = SmallRun(run_dir=run_dir, max_time="1").train()
+    again = SmallRun(run_dir=run_dir, max_time="1s").train()
     assert (again.reason, again.global_step) == (StopReason.DONE, 3 * UPDATES_PER_EPOCH)
 
 
@@ -288,7 +288,7 @@ def test_the_last_step_of_a_run_is_not_a_time_limit(max_steps: int, run_dir: Pat
     def tick(run: Run) -> None:
         clock.now += 995.0 if run.global_step == max_steps - 1 else 0.1
 
-    run = SmallRun(run_dir=run_dir, max_time="1", max_steps=max_steps, at_batch=tick)
+    run = SmallRun(run_dir=run_dir, max_time="1s", max_steps=max_steps, at_batch=tick)
     run.metrics = lambda run: {"val": 1.0}
     ended = run.train()
     # At an epoch's end the evaluation is still to come, and has to fit.
@@ -302,7 +302,7 @@ def test_the_last_step_of_a_run_is_not_a_time_limit(max_steps: int, run_dir: Pat
 
 def test_patience_that_ends_with_the_time_is_early_stopping(run_dir: Path, session: Session) -> None:
     clock = session(100.0)
-    small = SmallRun(run_dir=run_dir, max_time="1", early_stopping=EarlyStopping(patience=1), epochs=9)
+    small = SmallRun(run_dir=run_dir, max_time="1s", early_stopping=EarlyStopping(patience=1), epochs=9)
 
     def worse(run: Run) -> dict[str, float]:
         clock.now += 49.9
@@ -317,7 +317,7 @@ def test_a_session_without_time_for_a_single_step_says_so_and_ends_well(
 ) -> None:
     SmallRun(run_dir=run_dir, max_steps=3).train()
     session(0.0)
-    small = SmallRun(run_dir=run_dir, max_time="1")
+    small = SmallRun(run_dir=run_dir, max_time="1s")
     run = small.train()
     assert (run.reason, run.exit_code, run.global_step, small.updates) == (StopReason.TIME_LIMIT, 0, 3, [])
     assert [one["progress"]["global_step"] for one in manifests_of(run_dir)] == [3]
@@ -331,7 +331,7 @@ def test_a_loop_whose_loader_is_not_ours_leaves_time_for_the_evaluation_at_every
     clock = session(20.0)
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = RunOptions(max_time="1")
+    options = RunOptions(max_time="1s")
     with Run(str(run_dir), model=model, optimizer=optimizer, policy=CheckpointPolicy(), options=options) as run:
         for _ in run.epochs(5):
             for _ in range(4):

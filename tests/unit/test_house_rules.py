@@ -23,6 +23,7 @@ ROOMS = {"checkpoint", "health", "cluster", "drill"}
 ERRORS, GROUND, PARTS, RUN, TRAINER, TOP = range(6)
 LEVEL_OF_MODULE = {
     "errors": ERRORS,
+    "units": GROUND,
     "world": GROUND,
     "joining": GROUND,
     "checkpoint.manifest": GROUND,
@@ -70,7 +71,7 @@ LEVEL_OF_MODULE = {
 }
 LEVEL_OF_ROOM = {"checkpoint": PARTS, "health": PARTS, "cluster": PARTS, "drill": TOP, "commands": TOP}
 NOT_FOR_TRAINING_CODE = {"cluster", "drill"}
-CLI_MAY_IMPORT = {"errors", "console", "history", "checkpoint", "cluster", "drill", "cli", "commands"}
+CLI_MAY_IMPORT = {"errors", "units", "console", "history", "checkpoint", "cluster", "drill", "cli", "commands"}
 
 STDLIB_ONLY = [
     "errors",

@@ -16,14 +16,18 @@ import pytest
 
 from dist_train.checkpoint import verify
 from dist_train.checkpoint.catalog import committed, list_checkpoints
+from dist_train.checkpoint.holdings import survey
+from dist_train.checkpoint.keeper import Keeper
 from dist_train.checkpoint.manifest import Manifest, step_name
 from dist_train.checkpoint.ownership import read_owner
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Operation, Store
 from dist_train.checkpoint.stripping import strip
 from dist_train.checkpoint.verify import verify_checkpoint
+from dist_train.checkpoint.writer import Pruned
 from dist_train.cli import main
 from dist_train.errors import StopReason
+from dist_train.run import Run
 from tests.support.small_run import SmallRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,6 +306,53 @@ def test_prune_gives_up_abandoned_and_corrupt_ones_on_request_only(copy: Path, c
         *(step_name(5 * epoch) for epoch in (1, 2, 3, 5, 6, 7, 8, 9)),
     ]
     assert list((copy / "checkpoints" / "abandoned").iterdir()) == []
+
+
+def die(run: Run) -> None:
+    raise KeyError("as by a kill: nothing is saved")
+
+
+@pytest.fixture
+def unsaved_branch(copy: Path) -> Path:
+    """A run that went on from epoch 2, then from epoch 3 of what that left behind, and died; gives this origin."""
+    train(copy, 5, resume="epoch:2", keep_last=12)
+    (origin,) = (copy / "checkpoints" / "abandoned").glob(f"*/{step_name(15)}")
+    with pytest.raises(KeyError):
+        SmallRun(run_dir=copy, epochs=9, resume=str(origin), at_step=die).train()
+    return origin
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("options", [["--abandoned"], ["--max-bytes", "1kB"]], ids=["abandoned", "budget"])
+def test_the_origin_of_a_branch_stays_until_the_branch_has_saved(
+    options: list[str], weights_only: bool, copy: Path, unsaved_branch: Path, call: Call
+) -> None:
+    if weights_only:
+        path = str(unsaved_branch.relative_to(copy))
+        (one,) = (one for one in survey(Store(copy)) if one.path == path)
+        assert one.manifest is not None
+        assert strip(Store(copy), path, one.manifest)
+    code, out, _ = call("prune", copy, *options, "--yes")
+    assert code == 0
+    assert "step-00000060" in out, "others that were left behind went"
+    assert [one.name for one in (copy / "checkpoints" / "abandoned").glob("*/step-*")] == [step_name(15)]
+    told = json.loads(call("prune", copy, *options, "--json")[1])["checkpoints"]
+    reasons = {one["path"]: one["reason"] for one in told}
+    assert reasons[str(unsaved_branch)] == "a branch starts from it that has saved nothing yet"
+    small = train(copy, 4, resume=str(unsaved_branch), keep_last=12)
+    assert small.run is not None
+    assert small.run.resumed_from == str(unsaved_branch)
+    assert call("prune", copy, *options, "--yes")[0] == 0
+    assert not unsaved_branch.exists(), "the branch has saved: its origin is like any other"
+
+
+def test_a_training_within_a_budget_spares_the_origin_of_a_branch_that_has_saved_nothing(unsaved_branch: Path) -> None:
+    run_dir = unsaved_branch.parents[3]
+    store = Store(run_dir)
+    keeper = Keeper(store, CheckpointPolicy(keep_last=1, keep_best=0, max_bytes=1), is_lost=lambda: False)
+    gone = [one.path for one in keeper.make_room(manifests(run_dir)[1].run_id, None) if isinstance(one, Pruned)]
+    assert len(gone) > 3
+    assert unsaved_branch.exists()
 
 
 def test_prune_of_a_killed_run_needs_no_owner(copy: Path, call: Call) -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.checkpoint.policy import CheckpointPolicy, Moment, parse_bytes, parse_seconds, should_save
+from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
 from dist_train.errors import ConfigError
+from dist_train.units import parse_bytes, parse_seconds
 
 STEPS = CheckpointPolicy(every_steps=10)
 EPOCHS = CheckpointPolicy(every_epochs=2)
