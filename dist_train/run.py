@@ -57,7 +57,7 @@ class Run:
         loader: the training loader, not prepared: from `dist_train.data_loader`, or your own (see `user_loader`).
         policy: when to save and what to keep; every epoch and every 10 minutes, 3 and the best, by default.
         resume: `auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint, which starts a
-            branch.
+            branch; the same again goes on with it, and `epoch:10#b` (any label) starts another from there.
 
     Raises:
         ConfigError, StorageError, RunInUseError, NoCheckpointError, StateMismatchError: on entry; nothing was changed.
