@@ -38,6 +38,7 @@ LEVEL_OF_MODULE = {
     "tied": PARTS,
     "state": PARTS,
     "optimizer_state": PARTS,
+    "rate_meter": PARTS,
     "rates": PARTS,
     "schedule": PARTS,
     "rng": PARTS,
