@@ -23,6 +23,7 @@ ROOMS = {"checkpoint", "health", "cluster", "drill"}
 ERRORS, GROUND, PARTS, RUN, TRAINER, TOP = range(6)
 LEVEL_OF_MODULE = {
     "errors": ERRORS,
+    "field_docs": ERRORS,
     "units": GROUND,
     "world": GROUND,
     "joining": GROUND,
