@@ -120,7 +120,7 @@ def pack(
 
     Raises:
         NoCheckpointError, CorruptCheckpointError: a checkpoint cannot be had.
-        ConfigError: the target is there already.
+        ConfigError: the target is there already, or lies in a run.
         StorageError: it cannot be written; nothing is left of it.
     """
     store = open_run(run_dir)
