@@ -57,7 +57,7 @@ class Run:
         loader: the training loader, not prepared: from `dist_train.data_loader`, or your own (see `user_loader`).
         policy: when to save and what to keep; every epoch and every 10 minutes, 3 and the best, by default.
         resume: `auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint, which starts a
-            branch.
+            branch; the same again goes on with it, and `epoch:10#b` (any label) starts another from there.
 
     Raises:
         ConfigError, StorageError, RunInUseError, NoCheckpointError, StateMismatchError: on entry; nothing was changed.
@@ -90,6 +90,7 @@ class Run:
         )
         self._config = encode(dict(self._options.config or {}), "config", {})
         self._watch = misuse.ParameterWatch(self._live.models, self._live.optimizers)
+        self._schedules = misuse.SchedulerWatch(_named(optimizer), _named(scheduler))
         misuse.require_one_world(accelerator, self.world)
         if not self._options.own_gradients:
             misuse.require_averaged(self._models, self._live.optimizers, self.world)
@@ -395,6 +396,7 @@ class Run:
         self._watch.require_unchanged()
         capture = self._live.capture()
         self._watch.require_captured(capture, self._live.registered)
+        self._schedules.warn_of_unsaved(self._live.registered)
         self._checkpointer.dry_run(capture)
         self._callbacks.tell("resumed" if self.resumed_from else "started", path=self.resumed_from or "")
 

@@ -60,7 +60,8 @@ class TrainConfig:
     log_every_steps: int = 50
     """Optimizer updates between records of the training loss."""
     resume: str = "auto"
-    """`auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint to branch from."""
+    """`auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint to branch from. The same
+    again goes on with that branch; `epoch:10#b`, with any label, starts another one from there."""
     search: Sequence[str] = ()
     """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
     max_time: str | float | None = None

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dist_train.checkpoint.catalog import Found, committed, read_checkpoint
+from dist_train.checkpoint.catalog import Found, committed, find_abandoned, read_checkpoint
 from dist_train.checkpoint.manifest import (
-    ABANDONED,
     CHECKPOINTS,
     CORRUPT_PREFIX,
     EVENTS_LOG,
@@ -122,14 +121,6 @@ def find_leftovers(store: Store) -> dict[str, dict[str, int]]:
         for kind, paths in places.items()
         if paths
     }
-
-
-def find_abandoned(store: Store) -> list[str]:
-    """Checkpoints that a branch has left behind."""
-    folders = [f"{ABANDONED}/{name}" for name in store.list(ABANDONED)]
-    return [
-        f"{folder}/{name}" for folder in folders for name in store.list(folder) if parse_step_name(name) is not None
-    ]
 
 
 # All about a run and one checkpoint
