@@ -14,11 +14,10 @@ by what it gives at some steps.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import repeat
@@ -29,7 +28,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.errors import ConfigError
-from dist_train.rng import capture_rng, restore_rng
+from dist_train.fingerprints import fingerprints
 from dist_train.tree import encode, merge_settings
 
 Json = Any
@@ -44,7 +43,6 @@ _MADE_BY_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum
 _CYCLED = frozenset({"momentum", "betas"})
 """What OneCycleLR and CyclicLR move besides the learning rate."""
 _MOST_REDUCTIONS = 10_000
-_MOST_SAMPLED_STEPS = 10_000_000
 _ACCELERATED = "AcceleratedScheduler"
 """Accelerate's wrapper: one call of its `step` may take several steps, or none. Its class was recorded once."""
 
@@ -152,37 +150,6 @@ def _cycles_momentum(scheduler: Any) -> bool:
 def scheduler_settings(scheduler: Any, place: str) -> Json:
     """What a scheduler's state_dict tells, in plain JSON. Raises UnsaveableStateError, naming the place."""
     return encode(readable(scheduler.state_dict()), place, {})
-
-
-def fingerprints(scheduler: Any) -> list[str]:
-    """Of each function that decides a rate: what it gives at some steps, since functions cannot be compared.
-
-    A state_dict leaves them out; what they give at these steps differs as good as always when they do.
-    """
-    functions = list(_functions_of(scheduler))
-    if not functions:
-        return []
-    before = capture_rng()  # a function that draws random numbers must not shift those of training
-    found = [_fingerprint(function) for function in functions]
-    restore_rng(before)
-    return found
-
-
-def _functions_of(scheduler: Any) -> Iterator[Callable[[int], Any]]:
-    yield from filter(callable, [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)])
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _functions_of(inner)
-
-
-def _fingerprint(function: Callable[[int], Any]) -> str:
-    values, step, after = [], 0, 1
-    while step < _MOST_SAMPLED_STEPS:
-        try:
-            values.append(float(function(step)).hex())
-        except Exception as error:  # a user's table may end
-            values.append(type(error).__name__)
-        step, after = after, step + after
-    return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
 
 
 def readable(value: Any) -> Any:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.differences import Differences
 from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.fingerprints import fingerprints
 from dist_train.optimizer_state import (
     CPU,
     TensorSource,
@@ -32,7 +33,6 @@ from dist_train.schedule import (
     Saved,
     class_then,
     compare_schedulers,
-    fingerprints,
     group_settings,
     innermost_scheduler,
     merge_scheduler,

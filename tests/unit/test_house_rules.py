@@ -40,6 +40,7 @@ LEVEL_OF_MODULE = {
     "optimizer_state": PARTS,
     "rates": PARTS,
     "schedule": PARTS,
+    "fingerprints": PARTS,
     "rng": PARTS,
     "order": PARTS,
     "data": PARTS,
