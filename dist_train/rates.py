@@ -131,17 +131,19 @@ class ScheduledOptimizer:
         scheduler = self.schedulers[place]
         if place not in self.saved or self.saved[place].class_name not in ("", type(scheduler).__name__):
             return True
-        plateau = isinstance(scheduler, ReduceLROnPlateau) and not schedule.was_stepped(scheduler)
-        return plateau or schedule.can_replay(scheduler)
+        return (_is_plateau(scheduler) and not schedule.was_stepped(scheduler)) or schedule.can_replay(scheduler)
 
     def _follow(self) -> None:
         """Fresh schedulers first, on groups as they were constructed; then whatever they do not set."""
         then, today = self._then(), self._today()
-        for place, scheduler in self.schedulers.items():
-            if isinstance(scheduler, ReduceLROnPlateau):
-                self._follow_plateau(place, scheduler)
-            elif (steps := self._steps(place, scheduler)) is not None:
-                schedule.replay(scheduler, steps, place)
+        plateaus = self._known_plateaus()
+        unreduced = self._unreduced(then, plateaus) if plateaus else None
+        counts = {place: self._steps(place, one) for place, one in self.schedulers.items() if not _is_plateau(one)}
+        schedule.replay(
+            {place: (self.schedulers[place], steps) for place, steps in counts.items() if steps is not None}
+        )
+        if plateaus:
+            self._follow_plateaus(plateaus, then, today, unreduced)
         merged = []
         for saved, before, now in zip(self._plain_groups(), then, today, strict=False):
             keys: frozenset[str] = frozenset()
@@ -159,7 +161,7 @@ class ScheduledOptimizer:
         if not schedule.can_replay(scheduler):
             self.told.notes.append(f"The {place} ({type(scheduler).__name__}) starts fresh: it counts no steps.")
             return None
-        steps = None if saved is None or saved.class_name == _PLATEAU else schedule.count_steps(self._state(saved))
+        steps = None if saved is None else schedule.count_steps(self._state(saved))
         if steps is None:
             self.told.notes.append(
                 f"The {place} is new: it starts where {self.global_step} updates bring it, one step an update."
@@ -167,21 +169,63 @@ class ScheduledOptimizer:
             return self.global_step
         return steps
 
-    def _follow_plateau(self, place: str, scheduler: ReduceLROnPlateau) -> None:
-        saved = self.saved.get(place)
-        state = self._state(saved) if saved else {}
-        if "num_bad_epochs" not in state:
-            if "scheduler" not in self.absent:
+    def _known_plateaus(self) -> dict[str, ReduceLROnPlateau]:
+        """Those that the checkpoint tells of, by place; another one starts fresh."""
+        known = {}
+        for place, scheduler in self.schedulers.items():
+            if not _is_plateau(scheduler):
+                continue
+            if place in self.saved and "num_bad_epochs" in self._state(self.saved[place]):
+                known[place] = scheduler
+            elif "scheduler" not in self.absent:
                 self.told.notes.append(f"The {place} ({_PLATEAU}) is new and starts fresh.")
-            return
-        assert saved is not None
-        then = self._state(saved) if saved.settings is None else decode(saved.settings, self.load)
-        lasts = [float(rate) for rate in state["_last_lr"]]
-        rates = [
-            (float(schedule.base_rate(before)), float(group["lr"]))
-            for before, group in zip(self._then(), self._plain_groups(), strict=False)
-        ] or [(float(group["lr"]), last) for group, last in zip(self.optimizer.param_groups, lasts, strict=True)]
-        self.told.notes += schedule.follow_plateau(scheduler, state, then, rates)
+        return known
+
+    def _unreduced(self, then: list[Json], plateaus: Collection[str]) -> list[float] | None:
+        """What the rates in the checkpoint would be without reductions; None where that cannot be told."""
+        others = [place for place in self.saved if place not in plateaus]
+        if not others:
+            return [float(schedule.base_rate(group)) for group in then]
+        stepped = []
+        for place in others:
+            saved, scheduler = self.saved[place], self.schedulers[place]
+            steps = schedule.count_steps(self._state(saved))
+            is_same = saved.class_name == type(scheduler).__name__ and schedule.can_simulate(scheduler)
+            if not is_same or saved.settings is None or steps is None:
+                return None
+            stepped.append((scheduler, decode(saved.settings, self.load), steps))
+        groups = [decode(group, self.load) for group in then]
+        for group, live in zip(groups, self.optimizer.param_groups, strict=True):
+            if isinstance(live["lr"], torch.Tensor):  # rounded as it was then
+                group["lr"] = torch.tensor(group["lr"], dtype=live["lr"].dtype)
+        return schedule.rates_of(groups, stepped)
+
+    def _follow_plateaus(
+        self,
+        plateaus: dict[str, ReduceLROnPlateau],
+        then: list[Json],
+        today: list[Json],
+        unreduced: list[float] | None,
+    ) -> None:
+        """After the others: what those have made of today's rates is reduced."""
+        for place, scheduler in plateaus.items():
+            schedule.adopt_counters(scheduler, self._state(self.saved[place]))
+        place, scheduler = next(iter(plateaus.items()))
+        state = self._state(self.saved[place])
+        current = [float(group["lr"]) for group in self._plain_groups()] or [float(one) for one in state["_last_lr"]]
+        if unreduced is not None and len(plateaus) == 1:
+            settings = self.saved[place].settings
+            before = state if settings is None else decode(settings, self.load)
+            self.told.notes += schedule.reduce_rates(scheduler, before, list(zip(unreduced, current, strict=True)))
+        else:
+            for group, old, new, rate in zip(self.optimizer.param_groups, then, today, current, strict=True):
+                base = float(schedule.base_rate(old))
+                schedule.set_rate(group, float(schedule.base_rate(new)) * (rate / base if base else 1.0))
+            self.told.notes.append(
+                f"How much of the learning rates of the {self.place} is due to the {place} ({_PLATEAU}), and how much "
+                f"to its other schedulers, cannot be told: their share of the first rates is kept."
+            )
+        schedule.tell_last_rates(self.schedulers.values(), self.optimizer.param_groups)
 
     def _state(self, saved: Saved) -> Mapping[str, Any]:
         state: Mapping[str, Any] = decode(saved.state, self.load)
@@ -201,7 +245,8 @@ class ScheduledOptimizer:
             self._set_groups(merged)
         for place, scheduler in self.schedulers.items():
             if place in self.saved:
-                self._load_state(scheduler, schedule.merge_scheduler(self.saved[place], scheduler, place))
+                state = decode(schedule.merge_scheduler(self.saved[place], scheduler, place), self.load)
+                scheduler.load_state_dict(schedule.in_kind(state, scheduler.state_dict()))
         if scheduled:
             self.told.notes.append(
                 "The scheduler has been stepped in this process, so a change of its settings takes effect from here on "
@@ -216,3 +261,7 @@ class ScheduledOptimizer:
         for index, (saved, live) in enumerate(zip(self._plain_groups(), now, strict=False)):
             if saved["lr"] != live["lr"]:
                 self.told.changes[f"{self.place}[{index}].current_lr"] = (saved["lr"], live["lr"])
+
+
+def _is_plateau(scheduler: Any) -> bool:
+    return isinstance(scheduler, ReduceLROnPlateau)

@@ -13,18 +13,22 @@ by what it gives at some steps.
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.errors import ConfigError
-from dist_train.rng import capture_rng, restore_rng
+from dist_train.fingerprints import fingerprints
 from dist_train.tree import encode, merge_settings
 
 Json = Any
@@ -39,7 +43,8 @@ _MADE_BY_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum
 _CYCLED = frozenset({"momentum", "betas"})
 """What OneCycleLR and CyclicLR move besides the learning rate."""
 _MOST_REDUCTIONS = 10_000
-_MOST_SAMPLED_STEPS = 10_000_000
+_ACCELERATED = "AcceleratedScheduler"
+"""Accelerate's wrapper: one call of its `step` may take several steps, or none. Its class was recorded once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,19 @@ class Saved:
     """Empty where it was not recorded."""
     functions: list[str] | None = None
     """Fingerprints of its functions at construction, None where they were not recorded."""
+
+
+def innermost_scheduler(scheduler: Any) -> Any:
+    """Without Accelerate's wrapper."""
+    while type(scheduler).__name__ == _ACCELERATED:
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
+def class_then(settings: Mapping[str, Json], place: str) -> str:
+    """Of a checkpoint's scheduler; empty where it was not recorded."""
+    name: str = settings.get(f"{place}/class", "")
+    return "" if name == _ACCELERATED else name
 
 
 # Settings of a parameter group
@@ -134,37 +152,6 @@ def scheduler_settings(scheduler: Any, place: str) -> Json:
     return encode(readable(scheduler.state_dict()), place, {})
 
 
-def fingerprints(scheduler: Any) -> list[str]:
-    """Of each function that decides a rate: what it gives at some steps, since functions cannot be compared.
-
-    A state_dict leaves them out; what they give at these steps differs as good as always when they do.
-    """
-    functions = list(_functions_of(scheduler))
-    if not functions:
-        return []
-    before = capture_rng()  # a function that draws random numbers must not shift those of training
-    found = [_fingerprint(function) for function in functions]
-    restore_rng(before)
-    return found
-
-
-def _functions_of(scheduler: Any) -> Iterator[Callable[[int], Any]]:
-    yield from filter(callable, [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)])
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _functions_of(inner)
-
-
-def _fingerprint(function: Callable[[int], Any]) -> str:
-    values, step, after = [], 0, 1
-    while step < _MOST_SAMPLED_STEPS:
-        try:
-            values.append(float(function(step)).hex())
-        except Exception as error:  # a user's table may end
-            values.append(type(error).__name__)
-        step, after = after, step + after
-    return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
-
-
 def readable(value: Any) -> Any:
     """With numbers in place of tensors."""
     if isinstance(value, torch.Tensor):
@@ -212,6 +199,17 @@ def merge_scheduler(saved: Saved, scheduler: Any, place: str) -> Json:
         then = saved.state if saved.settings is None else saved.settings
         return merge_settings(saved.state, then, _hyper(today), place, {})
     return saved.state if saved.settings is None else merge_settings(saved.state, saved.settings, today, place, {})
+
+
+def in_kind(value: Any, live: Any) -> Any:
+    """Numbers as tensors where the live state has some: a rate that comes of one is rounded as it was."""
+    if isinstance(live, torch.Tensor) and isinstance(value, int | float | list):
+        return torch.tensor(value, dtype=live.dtype, device=live.device)
+    if isinstance(live, dict) and isinstance(value, dict):
+        return {key: in_kind(inner, live.get(key)) for key, inner in value.items()}
+    if isinstance(live, list) and isinstance(value, list) and len(live) == len(value):
+        return [in_kind(*pair) for pair in zip(value, live, strict=True)]
+    return value
 
 
 def _hyper(state: Json) -> Json:
@@ -264,69 +262,137 @@ def can_replay(scheduler: Any) -> bool:
     return count_steps(scheduler.state_dict()) == 0
 
 
-def replay(scheduler: Any, steps: float, place: str) -> None:
-    """Takes the steps of a run that was configured so from the start, on a fresh scheduler and its optimizer.
+def replay(stepped: Mapping[str, tuple[Any, float]]) -> None:
+    """Takes the steps of a run that was configured so from the start, on fresh schedulers of one optimizer.
+
+    Args:
+        stepped: by place, in the order in which a loop steps them: a scheduler, and how often it was stepped.
 
     Raises:
-        ConfigError: the schedule is shorter than the run already is.
+        ConfigError: a schedule is shorter than the run already is.
     """
+    done = dict.fromkeys(stepped, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of steps without the optimizer's
-        if isinstance(steps, float):
-            scheduler.step(steps)
-            return
-        for step in range(steps):
+        for place in _in_turn({place: steps for place, (_, steps) in stepped.items()}):
+            scheduler, steps = stepped[place]
             try:
-                scheduler.step()
+                scheduler.step(*([steps] if isinstance(steps, float) else []))
             except ValueError as error:
                 raise ConfigError(
                     f"The {place} ({type(scheduler).__name__}) was changed, and the checkpoint is at its step {steps}: "
-                    f"a schedule as it is written now ends before, at step {step} ({error}). Give it at least as many "
-                    f"steps as the whole training has, those before the checkpoint included."
+                    f"a schedule as it is written now ends before, at step {done[place]} ({error}). Give it at least "
+                    f"as many steps as the whole training has, those before the checkpoint included."
                 ) from error
+            done[place] += 1
+
+
+def _in_turn(counts: Mapping[str, float]) -> Iterator[str]:
+    """The places in the order of their steps: what one makes of a rate depends on what another has made of it before.
+
+    Equally often stepped ones take turns. Of different counts the largest is the clock, and a rarer one is taken to be
+    stepped after every n-th of its steps (once an epoch), n being the largest that gives its count; else evenly.
+    """
+    whole = {place: 1 if isinstance(count, float) else count for place, count in counts.items()}
+    most = max(whole.values(), default=0)
+    often_first = sorted((place for place in whole if whole[place]), key=lambda place: -whole[place])
+    turns = (zip(_times(whole[place], most), repeat(place)) for place in often_first)
+    return (place for _, place in merge(*turns, key=itemgetter(0)))
+
+
+def _times(count: int, most: int) -> Iterator[int]:
+    """After which of the most frequent scheduler's steps each step of one is taken."""
+    every = most // count
+    regular = most // every == count
+    return (number * every if regular else number * most // count for number in range(1, count + 1))
+
+
+def rates_of(
+    groups: Sequence[Mapping[str, Any]], stepped: Sequence[tuple[Any, Mapping[str, Any], float]]
+) -> list[float]:
+    """What schedulers make of an optimizer's rates, simulated; the real ones are not touched.
+
+    Args:
+        groups: settings of the parameter groups when the schedulers were constructed.
+        stepped: of each, a fresh one of the same class, its state after its construction then, and its steps.
+    """
+    trial = torch.optim.SGD([{"params": [torch.zeros(())]} for _ in groups], lr=0.0)
+    for group, settings in zip(trial.param_groups, groups, strict=True):
+        group.update(settings)
+    copies = {}
+    for number, (scheduler, then, steps) in enumerate(stepped):
+        one = _copy_onto(trial, scheduler)
+        one.load_state_dict(dict(then))
+        copies[str(number)] = (one, steps)
+    replay(copies)
+    return [float(group["lr"]) for group in trial.param_groups]
+
+
+def can_simulate(scheduler: Any) -> bool:
+    """Whether a shallow copy of it shares nothing that steps change: so it is for torch's, not for everybody's."""
+    return _is_of_torch(scheduler) and all(can_simulate(one) for one in getattr(scheduler, "_schedulers", ()))
+
+
+def _copy_onto(optimizer: torch.optim.Optimizer, scheduler: Any) -> Any:
+    """A copy that moves the rates of another optimizer."""
+    one = copy.copy(scheduler)
+    one.optimizer = optimizer
+    if hasattr(one, "_schedulers"):
+        one._schedulers = [_copy_onto(optimizer, inner) for inner in one._schedulers]
+    if hasattr(one, "lr_lambdas"):  # a callable object is among what load_state_dict sets
+        one.lr_lambdas = [copy.copy(function) for function in one.lr_lambdas]
+    if hasattr(one, "_scale_fn_custom"):
+        one._scale_fn_custom = copy.copy(one._scale_fn_custom)
+    return one
 
 
 # ReduceLROnPlateau
 
 
-def follow_plateau(
-    scheduler: ReduceLROnPlateau,
-    state: Mapping[str, Any],
-    then: Mapping[str, Any],
-    rates: Sequence[tuple[float, float]],
-) -> list[str]:
-    """Counters from the checkpoint, and as many reductions of today's rates as led to the checkpoint's.
-
-    Args:
-        state: the scheduler's in the checkpoint.
-        then: its hyper-parameters then.
-        rates: of each group, what it was constructed with then, and what it is in the checkpoint.
-
-    Returns:
-        What people should know: groups whose reductions cannot be told.
-    """
+def adopt_counters(scheduler: ReduceLROnPlateau, state: Mapping[str, Any]) -> None:
+    """What a plateau has seen, from its state in the checkpoint."""
     kept = {key: state[key] for key in ("last_epoch", "best", "num_bad_epochs", "cooldown_counter") if key in state}
     if state.get("mode", scheduler.mode) != scheduler.mode:  # what was best says nothing in the other direction
         kept = {"last_epoch": kept.get("last_epoch", 0)}
     scheduler.__dict__.update(kept)
+
+
+def reduce_rates(
+    scheduler: ReduceLROnPlateau, then: Mapping[str, Any], rates: Sequence[tuple[float, float]]
+) -> list[str]:
+    """As many reductions of today's rates as led to the checkpoint's.
+
+    Args:
+        then: the plateau's hyper-parameters then.
+        rates: of each group, what it would have been without reductions, and what it is in the checkpoint.
+
+    Returns:
+        What people should know: groups whose reductions cannot be told.
+    """
     told = []
-    groups = scheduler.optimizer.param_groups
-    for index, (group, (base, current)) in enumerate(zip(groups, rates, strict=True)):
+    for index, (group, (base, current)) in enumerate(zip(scheduler.optimizer.param_groups, rates, strict=True)):
         old_floor, floor = _floor(then, index), _floor(scheduler.__dict__, index)
         kind = group["lr"].dtype if isinstance(group["lr"], torch.Tensor) else torch.float64
         before = _reductions(base, then["factor"], old_floor, then["eps"], kind)
         now = _reductions(float(group["lr"]), scheduler.factor, floor, scheduler.eps, kind)
-        if current in before:
-            rate = now[min(before.index(current), len(now) - 1)]
+        count = min(range(len(before)), key=lambda number: abs(before[number] - current))
+        if math.isclose(before[count], current, rel_tol=torch.finfo(kind).eps ** 0.5):  # rounded in another order
+            rate = now[min(count, len(now) - 1)]
         else:
             rate = float(group["lr"]) * (current / base if base else 1.0)
             told.append(
                 f"The learning rate of group {index} is {current:g} in the checkpoint, which no number of reductions "
                 f"of {base:g} by {then['factor']:g} gives: its share of the first rate is kept."
             )
-        _set_rate(group, rate)
-    scheduler._last_lr = [_copy(group["lr"]) for group in groups]
+        set_rate(group, rate)
     return told
+
+
+def tell_last_rates(schedulers: Iterable[Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Lets `get_last_lr` tell what the rates are now."""
+    for scheduler in schedulers:
+        if hasattr(scheduler, "_last_lr"):
+            scheduler._last_lr = [_copy(group["lr"]) for group in groups]
 
 
 def _floor(settings: Mapping[str, Any], index: int) -> float:
@@ -349,7 +415,8 @@ def _rounded(rate: float, kind: torch.dtype) -> float:
     return float(torch.tensor(rate, dtype=kind))
 
 
-def _set_rate(group: dict[str, Any], rate: float) -> None:
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Into the tensor of a parameter group where it has one."""
     if isinstance(group["lr"], torch.Tensor):
         group["lr"].fill_(rate)  # read through this very tensor where it is capturable
     else:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.differences import Differences
 from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.fingerprints import fingerprints
 from dist_train.optimizer_state import (
     CPU,
     TensorSource,
@@ -30,9 +31,10 @@ from dist_train.rates import ScheduledOptimizer
 from dist_train.rng import capture_rng
 from dist_train.schedule import (
     Saved,
+    class_then,
     compare_schedulers,
-    fingerprints,
     group_settings,
+    innermost_scheduler,
     merge_scheduler,
     scheduler_settings,
 )
@@ -85,7 +87,7 @@ class LiveState:
     ) -> None:
         self.models = {name: innermost_module(model) for name, model in models.items()}
         self.optimizers = {name: innermost_optimizer(optimizer) for name, optimizer in optimizers.items()}
-        self.schedulers = dict(schedulers or {})
+        self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
         self.registered: dict[str, Stateful] = {}
         self._own_buffers = any(_keeps_own_buffers(model) for model in models.values())
@@ -208,9 +210,7 @@ class LiveState:
         live = {_place("scheduler", name): scheduler for name, scheduler in self.schedulers.items()}
         owners = {place: self._owner_of(place, scheduler) for place, scheduler in live.items()}
         saved = {
-            place: Saved(
-                json, settings.get(place), settings.get(f"{place}/class", ""), settings.get(f"{place}/functions")
-            )
+            place: Saved(json, settings.get(place), class_then(settings, place), settings.get(f"{place}/functions"))
             for place, json in state.items()
             if place.partition("/")[0] == "scheduler"
         }

@@ -32,7 +32,7 @@ class Case:
     seed: int
 
     def command(self, run_dir: Path, *options: str, script: tuple[str, ...] = (SPECIMEN,)) -> list[str]:
-        told = ["--loop", self.loop, "--epochs", str(self.epochs), "--run-dir", str(run_dir), "--keep-last", "9"]
+        told = ["--loop", self.loop, "--epochs", str(self.epochs), "--run-dir", str(run_dir), "--keep-last", "60"]
         told += options
         arguments = [*script, *told]
         return [sys.executable, *arguments] if self.world_size == 1 else torchrun(self.world_size, *arguments)

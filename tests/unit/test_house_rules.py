@@ -42,6 +42,7 @@ LEVEL_OF_MODULE = {
     "rate_meter": PARTS,
     "rates": PARTS,
     "schedule": PARTS,
+    "fingerprints": PARTS,
     "rng": PARTS,
     "order": PARTS,
     "data": PARTS,

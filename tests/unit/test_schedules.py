@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler as lr
 
 from dist_train.differences import Differences
 from dist_train.errors import ConfigError
-from dist_train.schedule import fingerprints
+from dist_train.fingerprints import fingerprints
 from dist_train.state import LiveState
 from tests.support.cycle import open_checkpoint, write_checkpoint
 
@@ -430,16 +430,17 @@ def test_a_plateau_in_a_tensor_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [chained(0.9), warm_up(9)], ids=["chained", "lambda"])
-def test_a_plateau_that_becomes_a_schedule_counts_updates(build: Build, tmp_path: Path) -> None:
+def test_a_plateau_that_becomes_a_schedule_is_replayed_by_its_own_steps(build: Build, tmp_path: Path) -> None:
     first, second, twin = (
         Script(scheduler=plateau()).build(),
         Script(scheduler=build).build(),
         Script(scheduler=build).build(),
     )
     first.train(METRICS)
-    told = resume(first, second, tmp_path, global_step=4)
+    told = resume(first, second, tmp_path, global_step=50 * len(METRICS))  # stepped once an epoch
     assert told.changes["scheduler"] == ("ReduceLROnPlateau", type(second.scheduler).__name__)
-    assert second.train(worse(6)) == twin.train(worse(10))[4:]
+    assert told.notes == []
+    assert second.train(worse(6)) == twin.train(worse(len(METRICS) + 6))[len(METRICS) :]
 
 
 def test_a_schedule_that_becomes_a_plateau_starts_with_the_rate_that_is_written_now(tmp_path: Path) -> None:
@@ -487,6 +488,36 @@ def test_an_imported_one_of_one_s_own_is_the_checkpoint_s(tmp_path: Path) -> Non
     first.train(worse(2))
     assert resume(first, second, tmp_path, forget=["settings"]).changes == {}
     assert (second.scheduler.calls, second.scheduler.decay) == (2, 0.5)
+
+
+class OwnOfTensors(OwnScheduler):
+    """Computes a rate from the one that it began with, which may lie in a tensor."""
+
+    def __init__(self, optimizer: Optimizer, decay: float) -> None:
+        super().__init__(optimizer, decay)
+        self.bases = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        self.calls += 1
+        for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
+            group["lr"] = base * self.decay**self.calls
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "bases": self.bases}
+
+
+def test_one_of_one_s_own_that_keeps_tensors_computes_with_tensors(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"foreach": False}
+    first, second, twin = (
+        Script(
+            lr=torch.tensor(rate), optimizer=AdamW, options=options, scheduler=lambda o: OwnOfTensors(o, 0.9)
+        ).build()
+        for rate in (0.1, 0.07, 0.07)
+    )
+    first.train(worse(3))
+    resume(first, second, tmp_path)
+    assert all(isinstance(base, torch.Tensor) for base in second.scheduler.bases)
+    assert second.train(worse(4))[1:] == twin.train(worse(7))[4:]
 
 
 class OwnCounting(lr.LRScheduler):
