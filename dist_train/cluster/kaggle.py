@@ -204,6 +204,10 @@ class Session:
         return self.session_seconds - LAST_SECONDS - self.age_seconds
 
     @property
+    def _has_failed(self) -> bool:
+        return self.exit_code not in (None, ExitCode.OK, ExitCode.INTERRUPTED)
+
+    @property
     def _failure(self) -> str:
         cause = f": {self.cause.removesuffix('.')}" if self.cause else "; the cause stands above"
         return f"Training ended with exit code {self.exit_code}{cause}."
@@ -237,7 +241,9 @@ class Session:
         where = f"{run}: {status['status']} at step {status['global_step']}, {status['epochs_completed']} epochs done."
         later = "save this version, attach its output to the notebook as an input (Add Input, Notebook Output)"
         again = f"To go on: {later}, and run it again."
-        if status["status"] in ("done", "early_stopped"):
+        if self._has_failed and status["status"] != StopReason.ERROR:  # before it had begun: the status is older
+            print_text(f"{where} {self._failure} Correct that and run the training cell again.")
+        elif status["status"] in ("done", "early_stopped"):
             print_text(f"{where} Training is finished.")
         elif status["exit_code"] == ExitCode.OK:
             print_text(f"{where} Training is not finished. {again}")
@@ -250,7 +256,7 @@ class Session:
             here = f"the best that is here has {best.value_text}, after epoch {best.epochs_completed}"
             print_text(f"{best.better_text}; {here}. Attach the version that holds it.")
         if best is not None and best.run != Path(run):
-            what = "best model so far" if best.better is None else "one of them that is here"
+            what = "best model so far" if best.better is None else "best that is here"
             print_text(f"The {what} lies in {best.run}: keep that version attached, too.")
 
     def finish(self) -> None:
@@ -259,7 +265,7 @@ class Session:
         Raises:
             DistTrainError: it failed; what lies in the working directory is kept all the same.
         """
-        if self.exit_code not in (None, ExitCode.OK, ExitCode.INTERRUPTED):
+        if self._has_failed:
             raise DistTrainError(f"{self._failure} What it saved is whole and in this version's output.")
 
     def dist_train(self, *arguments: object) -> int:

@@ -259,6 +259,11 @@ def test_the_cause_is_told_at_the_end_and_a_mistake_in_the_settings_is_not_tried
     assert capsys.readouterr().out == f"{root}/run has not begun: ConfigError: no such thing.\n"
     with pytest.raises(DistTrainError, match=told):
         session.finish()
+    (root / "run").mkdir()
+    old = {"status": "interrupted", "exit_code": 130, "error": "", "global_step": 7, "epochs_completed": 2}
+    (root / "run/status.json").write_text(json.dumps(old))
+    session.explain(root / "run")
+    assert f"{told} Correct that and run the training cell again." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("code", "starts"), [(1, 3), (137, 3), (130, 1), (93, 1)])
