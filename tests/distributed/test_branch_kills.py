@@ -73,7 +73,7 @@ def check(case: Case, folder: Path) -> ChaosPlan:
     rates = [record["lr"] for record in read_metrics(killed) if record["kind"] == "step"]
     assert len(rates) == case.epochs * 7
     assert rates[case.branch_epoch * 7 :] == [
-        0.003 * min(1.0, (step + 1) / 20) for step in range(case.branch_epoch * 7 + 1, case.epochs * 7 + 1)
+        0.003 * min(1.0, update / 20) for update in range(case.branch_epoch * 7 + 1, case.epochs * 7 + 1)
     ]
     return plan
 
