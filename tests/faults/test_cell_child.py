@@ -113,8 +113,8 @@ print("interrupts", count)
 """
 COMPLAINS = """
 import os, sys, time
-print("pid", os.getpid())
 try:
+    print("pid", os.getpid())  # the interrupt follows at once
     time.sleep(600)
 except KeyboardInterrupt:
     print("saved step 7")
