@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from dist_train import differences
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.restorer import Opened
+from dist_train.checkpoint.resume import ResumeRequest, relabelled
 from dist_train.checkpoint.store import Store
 from dist_train.console import ByteMeter, set_up_logging, tell_long_work
 from dist_train.errors import StateMismatchError
@@ -49,6 +50,7 @@ class Beginning:
         self._progress = progress
         self._reporter = reporter
         self._rng: Json = None
+        self._again = ""
         self._told = differences.Differences()
 
     @property
@@ -80,6 +82,7 @@ class Beginning:
         set_up_logging(self._world.rank, self._world.world_size, attempt)
         self._reporter.events.attempt = attempt
         self.opened = self._checkpointer.restore(resume)
+        self._again = relabelled(resume) if ResumeRequest.parse(resume).kind == "branch" else ""
         if self.opened:
             self._restore(self.opened, environment)
         else:
@@ -143,7 +146,7 @@ class Beginning:
         told.changes |= differences.compare_config(then, config, sizes, in_mid_epoch)
         differences.warn_of_other_order(told.changes, in_mid_epoch)
         told.notes += notes
-        self._reporter.where_from(self.opened.path, self._progress.now, self._progress.best)
+        self._reporter.where_from(self.opened.path, self._progress.now, self._progress.best, self._again)
         self._reporter.resumed(self.opened.path, manifest, told)
         self.opened.reader.close()
 

@@ -90,4 +90,4 @@ class Ending:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0]
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0].removesuffix(": ")

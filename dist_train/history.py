@@ -26,7 +26,8 @@ def read_metrics(run_dir: str | os.PathLike[str] | Store) -> list[dict[str, Json
     """The run's recorded losses and metrics, oldest first; `pandas.DataFrame(read_metrics(run))` is a table of them.
 
     A record has `kind` (`step` or `epoch`), `global_step` and `epoch`; a step's also `loss` and `lr`, an epoch's
-    `train_loss` and the metrics by name. Values are plain numbers, None where nothing was measured.
+    `train_loss` and the metrics by name. `loss` is the mean since the record before, `lr` the rate that the update used
+    (of the first parameter group). Values are plain numbers, None where nothing was measured.
 
     Args:
         run_dir: the run directory, or its store.

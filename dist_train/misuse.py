@@ -5,6 +5,7 @@ Invariant: nothing here changes a run that is used right; a check costs nothing 
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from dist_train.state import Capture, clean_name
 from dist_train.tied import storage_key
 from dist_train.world import World
 
+logger = logging.getLogger(__name__)
 _open_runs: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _MOST_NAMES = 4
 
@@ -114,13 +116,14 @@ def require_newest(place: str, run: Any) -> None:
 
 
 class ParameterWatch:
-    """Notices that a model's parameters are not those that the run began with, and whose optimizer trains others.
+    """Notices that a model's parameters, or an optimizer's groups, are not those that the run began with.
 
     Args:
         models, optimizers: innermost, by name.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self._groups = {name: _members(optimizer) for name, optimizer in optimizers.items()}
         self._models = models
         self._optimizers = optimizers
         self._known = _parameters_of(models)
@@ -128,7 +131,9 @@ class ParameterWatch:
         self._require_own_parameters()
 
     def require_unchanged(self) -> None:
-        """Raises ConfigError, naming the parameters that were added, removed, replaced or converted."""
+        """Raises ConfigError, naming the parameters that were added, removed, replaced or converted, or the optimizer
+        whose groups were.
+        """
         now = _parameters_of(self._models)
         changed = {
             "added": now.keys() - self._known.keys(),
@@ -144,6 +149,21 @@ class ParameterWatch:
                 f"The model was changed after the Run was made ({'; '.join(told)}), so the optimizer may train tensors "
                 f"that the model does not use, and no checkpoint would fit. Change the model first (a new head, "
                 f".to(dtype), lazy layers), then make the optimizer, then the Run."
+            )
+        for name, optimizer in self._optimizers.items():
+            self._require_same_groups(name, self._groups[name], _members(optimizer))
+
+    def _require_same_groups(self, name: str, then: list[list[Any]], now: list[list[Any]]) -> None:
+        """A restart of the script makes the groups of then, which no checkpoint with those of now would fit."""
+        ids = [[[id(p) for p in group] for group in groups] for groups in (then, now)]
+        if ids[0] != ids[1]:
+            sizes = [", ".join(str(len(group)) for group in groups) for groups in (then, now)]
+            sizes[1] += " others" if sizes[0] == sizes[1] else ""
+            raise ConfigError(
+                f"{_title('optimizer', name)}'s parameter groups were changed after the Run was made (they held "
+                f"{sizes[0]} parameters and hold {sizes[1]}): the script started again makes them as they were, and "
+                f"would refuse a checkpoint of what they are now, so none was written. Make every group before the "
+                f"Run; one that is to be trained later has a learning rate of 0 until then."
             )
 
     def require_captured(self, capture: Capture, registered: Mapping[str, Any]) -> None:
@@ -175,12 +195,67 @@ class ParameterWatch:
                 )
 
 
+class SchedulerWatch:
+    """Notices a scheduler that no checkpoint would hold: its optimizer tells of it before anything is restored.
+
+    A ReduceLROnPlateau leaves no mark on its optimizer and is not noticed.
+
+    Args:
+        optimizers: as the Run was given them, by name.
+        schedulers: those that the Run was given.
+    """
+
+    def __init__(self, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any]) -> None:
+        self._schedulers = schedulers
+        self._scheduled = {name: one for name, one in optimizers.items() if _has_scheduler(one)}
+
+    def warn_of_unsaved(self, registered: Mapping[str, Any]) -> None:
+        """When everything that will be saved is known."""
+        owners = [getattr(one, "optimizer", None) for one in self._schedulers.values()]
+        if None in owners:
+            return  # one of a user's own, that does not tell which optimizer it moves
+        owners += [getattr(one, "optimizer", None) for one in registered.values()]
+        saved = {id(link) for owner in owners for link in _links(owner)}
+        for name, optimizer in self._scheduled.items():
+            if not any(id(link) in saved for link in _links(optimizer)):
+                logger.warning(
+                    "%s has a scheduler that the Run was not given: it is not saved, and starts again from its first "
+                    "step after every resume. Give it to the Run as scheduler=, or call run.register(name, scheduler) "
+                    "before run.epochs().",
+                    _title("optimizer", name),
+                )
+
+
+def _has_scheduler(optimizer: Any) -> bool:
+    """Source: LRScheduler.__init__ of torch 2.13, which wraps `optimizer.step` and leaves `initial_lr` in each group;
+    schedulers of other libraries do the latter.
+    """
+    wrapped = any(hasattr(getattr(link, "step", None), "_wrapped_by_lr_sched") for link in _links(optimizer))
+    return wrapped or any(
+        "initial_lr" in group for link in _links(optimizer) for group in getattr(link, "param_groups", ())
+    )
+
+
+def _links(optimizer: Any) -> list[Any]:
+    """An optimizer and what it wraps."""
+    links: list[Any] = []
+    while optimizer is not None and not any(optimizer is link for link in links):
+        links.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return links
+
+
 def _parameters_of(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {
         clean_name(f"{name}.{key}" if name else key): parameter
         for name, model in models.items()
         for key, parameter in model.named_parameters()
     }
+
+
+def _members(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
+    """The parameters of each group."""
+    return [list(group["params"]) for group in optimizer.param_groups]
 
 
 def _title(kind: str, name: str) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 
 from dist_train.checkpoint.store import Store
 from dist_train.errors import ConfigError
+from dist_train.field_docs import tell_fields
 from dist_train.metrics import EarlyStopping
 from dist_train.units import parse_seconds
 
 Json = Any
 
 
+@tell_fields
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """What a run can be told besides its objects."""

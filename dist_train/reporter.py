@@ -99,12 +99,17 @@ class Reporter:
             logger.warning("%s", problem)
             self.events.write("skipped_checkpoint", problem=problem)
 
-    def where_from(self, path: str, progress: Progress, best: Best | None) -> None:
+    def where_from(self, path: str, progress: Progress, best: Best | None, again: str = "") -> None:
+        """
+        Args:
+            again: how a branch that is complete is started once more; "" for what is none.
+        """
         done = f"epoch {progress.epochs_completed} of {max(self.epochs, progress.epochs_completed)} done"
         shown = f", best {best.monitor} {metric_text(best.monitor, best.value).rstrip('%')}" if best else ""
         self.console.say(f"Resuming from {path} ({done}{shown})")
         if progress.epochs_completed >= self.epochs:
-            self.console.say("Nothing is left to do; give more epochs to go on.")
+            anew = f" To branch there again: resume={again!r}." if again else ""
+            self.console.say(f"Nothing is left to do; give more epochs to go on.{anew}")
 
     def step(self, epoch: int, global_step: int, share: float | None, writing: Writing | None = None) -> None:
         """The live line: at most a few times a second, from what is known without asking the device."""
@@ -145,13 +150,16 @@ class Reporter:
         wrong = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if wrong and not self._warned_of_not_finite:
             self._warned_of_not_finite = True
+            kept = "there is no checkpoint yet"
+            if committed_step >= 0:
+                kept = f"the newest checkpoint is step {committed_step}. Keep a good one with `dist-train pin "
+                kept += f"{self._run_dir} step:N` before newer ones replace it"
             logger.warning(
-                "%s is not finite at step %d. Training goes on; the newest checkpoint is step %d. Keep a good one with "
-                "`dist-train pin %s step:N` before newer ones replace it, and look at the learning rate and the data.",
+                "%s %s not finite at step %d. Training goes on; %s. Look at the learning rate and the data.",
                 ", ".join(wrong),
+                "are" if len(wrong) > 1 else "is",
                 global_step,
-                committed_step,
-                self._run_dir,
+                kept,
             )
             self.events.write("not_finite", global_step=global_step, names=wrong)
 

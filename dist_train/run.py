@@ -35,9 +35,10 @@ from dist_train.feed import BatchFeed
 from dist_train.intake import Intake
 from dist_train.options import RunOptions
 from dist_train.progress import RunProgress
+from dist_train.rate_meter import RateMeter
 from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
-from dist_train.state import Capture, LiveState, Stateful
+from dist_train.state import Capture, LiveState, Stateful, by_name
 from dist_train.tracking import Tracking
 from dist_train.tree import encode
 from dist_train.world import World, current_world
@@ -57,7 +58,7 @@ class Run:
         loader: the training loader, not prepared: from `dist_train.data_loader`, or your own (see `user_loader`).
         policy: when to save and what to keep; every epoch and every 10 minutes, 3 and the best, by default.
         resume: `auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint, which starts a
-            branch.
+            branch; the same again goes on with it, and `epoch:10#b` (any label) starts another from there.
 
     Raises:
         ConfigError, StorageError, RunInUseError, NoCheckpointError, StateMismatchError: on entry; nothing was changed.
@@ -82,14 +83,16 @@ class Run:
         self._options = options or RunOptions()
         self._policy = policy or DEFAULT_POLICY
         self._resume = resume
-        self._models = _named(model)
-        misuse.refuse_prepared(_named(scheduler), loader)
+        self._models = by_name(model)
+        misuse.refuse_prepared(by_name(scheduler), loader)
         scaler = getattr(accelerator, "scaler", None)
         self._live = LiveState(
-            models=self._models, optimizers=_named(optimizer), schedulers=_named(scheduler), scaler=scaler
+            models=self._models, optimizers=by_name(optimizer), schedulers=by_name(scheduler), scaler=scaler
         )
+        self._rate = RateMeter(self._live.optimizers)
         self._config = encode(dict(self._options.config or {}), "config", {})
         self._watch = misuse.ParameterWatch(self._live.models, self._live.optimizers)
+        self._schedules = misuse.SchedulerWatch(by_name(optimizer), by_name(scheduler))
         misuse.require_one_world(accelerator, self.world)
         if not self._options.own_gradients:
             misuse.require_averaged(self._models, self._live.optimizers, self.world)
@@ -232,6 +235,7 @@ class Run:
             raise
         self._place = misuse.note_open(self.run_dir, self)
         self._boundary.open(self._beginning.saved_step)
+        self._rate.open()
         self._entered = True
         self._ending.write_status("running")
         return self
@@ -240,6 +244,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._in_epoch = False
+        self._rate.close()
         self._ending.leave(error, in_window=self._feed.in_window)
 
     def register(self, name: str, one: Stateful) -> None:
@@ -395,11 +400,12 @@ class Run:
         self._watch.require_unchanged()
         capture = self._live.capture()
         self._watch.require_captured(capture, self._live.registered)
+        self._schedules.warn_of_unsaved(self._live.registered)
         self._checkpointer.dry_run(capture)
         self._callbacks.tell("resumed" if self.resumed_from else "started", path=self.resumed_from or "")
 
     def _log_step(self) -> None:
-        values = self._progress.log_step(self._live.learning_rate)
+        values = self._progress.log_step(self._rate.of_update())
         self._tracking.add(self.global_step, values)
         self._reporter.loss = values["loss"]
         self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
@@ -439,9 +445,3 @@ class Run:
             "epochs": self._reporter.epochs,
         }
         return {**self._live.settings, "config": config}
-
-
-def _named(objects: Any) -> dict[str, Any]:
-    """Objects by name; an only one has the name ""."""
-    only = {} if objects is None or objects == () else {"": objects}
-    return dict(objects) if isinstance(objects, Mapping) else only

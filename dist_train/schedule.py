@@ -14,21 +14,22 @@ by what it gives at some steps.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.errors import ConfigError
-from dist_train.rng import capture_rng, restore_rng
+from dist_train.fingerprints import fingerprints
 from dist_train.tree import encode, merge_settings
-from dist_train.turns import in_turn
 
 Json = Any
 _COUNTERS = frozenset(
@@ -44,7 +45,6 @@ _CYCLED = frozenset({"momentum", "betas"})
 _MOST_REDUCTIONS = 10_000
 _ACCELERATED = "AcceleratedScheduler"
 """Accelerate's wrapper: one call of its `step` may take several steps, or none. Its class was recorded once."""
-_MOST_SAMPLED_STEPS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,37 +150,6 @@ def _cycles_momentum(scheduler: Any) -> bool:
 def scheduler_settings(scheduler: Any, place: str) -> Json:
     """What a scheduler's state_dict tells, in plain JSON. Raises UnsaveableStateError, naming the place."""
     return encode(readable(scheduler.state_dict()), place, {})
-
-
-def fingerprints(scheduler: Any) -> list[str]:
-    """Of each function that decides a rate: what it gives at some steps, since functions cannot be compared.
-
-    A state_dict leaves them out; what they give at these steps differs as good as always when they do.
-    """
-    functions = list(_functions_of(scheduler))
-    if not functions:
-        return []
-    before = capture_rng()  # a function that draws random numbers must not shift those of training
-    found = [_fingerprint(function) for function in functions]
-    restore_rng(before)
-    return found
-
-
-def _functions_of(scheduler: Any) -> Iterator[Callable[[int], Any]]:
-    yield from filter(callable, [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)])
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _functions_of(inner)
-
-
-def _fingerprint(function: Callable[[int], Any]) -> str:
-    values, step, after = [], 0, 1
-    while step < _MOST_SAMPLED_STEPS:
-        try:
-            values.append(float(function(step)).hex())
-        except Exception as error:  # a user's table may end
-            values.append(type(error).__name__)
-        step, after = after, step + after
-    return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
 
 
 def readable(value: Any) -> Any:
@@ -305,7 +274,7 @@ def replay(stepped: Mapping[str, tuple[Any, float]]) -> None:
     done = dict.fromkeys(stepped, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of steps without the optimizer's
-        for place in in_turn({place: steps for place, (_, steps) in stepped.items()}):
+        for place in _in_turn({place: steps for place, (_, steps) in stepped.items()}):
             scheduler, steps = stepped[place]
             try:
                 scheduler.step(*([steps] if isinstance(steps, float) else []))
@@ -316,6 +285,26 @@ def replay(stepped: Mapping[str, tuple[Any, float]]) -> None:
                     f"as many steps as the whole training has, those before the checkpoint included."
                 ) from error
             done[place] += 1
+
+
+def _in_turn(counts: Mapping[str, float]) -> Iterator[str]:
+    """The places in the order of their steps: what one makes of a rate depends on what another has made of it before.
+
+    Equally often stepped ones take turns. Of different counts the largest is the clock, and a rarer one is taken to be
+    stepped after every n-th of its steps (once an epoch), n being the largest that gives its count; else evenly.
+    """
+    whole = {place: 1 if isinstance(count, float) else count for place, count in counts.items()}
+    most = max(whole.values(), default=0)
+    often_first = sorted((place for place in whole if whole[place]), key=lambda place: -whole[place])
+    turns = (zip(_times(whole[place], most), repeat(place)) for place in often_first)
+    return (place for _, place in merge(*turns, key=itemgetter(0)))
+
+
+def _times(count: int, most: int) -> Iterator[int]:
+    """After which of the most frequent scheduler's steps each step of one is taken."""
+    every = most // count
+    regular = most // every == count
+    return (number * every if regular else number * most // count for number in range(1, count + 1))
 
 
 def rates_of(

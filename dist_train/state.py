@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.differences import Differences
 from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.fingerprints import fingerprints
 from dist_train.optimizer_state import (
     CPU,
     TensorSource,
@@ -32,7 +33,6 @@ from dist_train.schedule import (
     Saved,
     class_then,
     compare_schedulers,
-    fingerprints,
     group_settings,
     innermost_scheduler,
     merge_scheduler,
@@ -92,12 +92,6 @@ class LiveState:
         self.registered: dict[str, Stateful] = {}
         self._own_buffers = any(_keeps_own_buffers(model) for model in models.values())
         self.settings = self._settings()
-
-    @property
-    def learning_rate(self) -> float | None:
-        """Of the first parameter group, for the logs."""
-        rates = [group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        return float(rates[0]) if rates else None
 
     def drop_gradients(self) -> None:
         """Of a window that was interrupted."""
@@ -317,6 +311,12 @@ class LiveState:
         if problems:
             more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise StateMismatchError("; ".join(problems[:8]) + more)
+
+
+def by_name(objects: Any) -> dict[str, Any]:
+    """Objects by name; an only one has the name ""."""
+    only = {} if objects is None or objects == () else {"": objects}
+    return dict(objects) if isinstance(objects, Mapping) else only
 
 
 def innermost_module(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from dist_train.checkpoint.restorer import peek
 from dist_train.checkpoint.store import Store
 from dist_train.data import data_loader, evaluation_loader
 from dist_train.errors import ConfigError, StopReason
+from dist_train.field_docs import tell_fields
 from dist_train.metrics import EarlyStopping, Mean, Metric
 from dist_train.options import RunOptions, require_times
 from dist_train.run import Run
@@ -31,6 +32,7 @@ from dist_train.world import current_world, init_distributed
 Loss = Callable[[nn.Module, Any], Any]
 
 
+@tell_fields
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """Settings of a training run. The global batch is the truth; accumulation follows from the world size."""
@@ -60,7 +62,8 @@ class TrainConfig:
     log_every_steps: int = 50
     """Optimizer updates between records of the training loss."""
     resume: str = "auto"
-    """`auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint to branch from."""
+    """`auto`, `must`, `never`; or `best`, `epoch:10`, `step:1200` or the path of a checkpoint to branch from. The same
+    again goes on with that branch; `epoch:10#b`, with any label, starts another one from there."""
     search: Sequence[str] = ()
     """Read-only places with earlier checkpoints of this run, as patterns: `("/kaggle/input/*/*",)`."""
     max_time: str | float | None = None

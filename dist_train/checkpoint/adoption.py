@@ -18,10 +18,11 @@ import torch
 
 from dist_train.checkpoint.catalog import list_checkpoints
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
+from dist_train.checkpoint.enclosure import require_outside_of_runs
 from dist_train.checkpoint.facts import Facts, read_facts
 from dist_train.checkpoint.foreign import Foreign
 from dist_train.checkpoint.manifest import IMPORTED, Progress
-from dist_train.checkpoint.outbox import new_folder
+from dist_train.checkpoint.outbox import new_folder, require_no_dead_link
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import CHUNK_BYTES, Operation, Store
 from dist_train.checkpoint.tensor_file import DTYPE_NAMES
@@ -65,7 +66,7 @@ def adopt(foreign: Foreign, source: str, run_dir: str) -> Adopted:
     """Makes the run; see `exchange.import_checkpoint`.
 
     Raises:
-        ConfigError: the run directory holds something already.
+        ConfigError: the run directory holds something already, or lies in another run.
         UnsaveableStateError: the source holds what tensors and JSON cannot hold.
         StorageError: it cannot be written; nothing is left of it.
     """
@@ -116,9 +117,8 @@ def adopt(foreign: Foreign, source: str, run_dir: str) -> Adopted:
 
 
 def _require_free(run_dir: str) -> None:
-    if not os.path.lexists(run_dir):
-        return
-    if not os.path.isdir(run_dir):
+    require_no_dead_link(run_dir)
+    if os.path.lexists(run_dir) and not os.path.isdir(run_dir):
         raise ConfigError(f"{run_dir} is a file, expected the directory of a new run. Give another --run.")
     held = len(list_checkpoints(Store(run_dir)))
     if held:
@@ -126,7 +126,8 @@ def _require_free(run_dir: str) -> None:
             f"{run_dir} is a run already, with {held} checkpoints; nothing was changed. An import makes a new run: "
             f"give another --run. To go on with the run that is there, start its training."
         )
-    if names := os.listdir(run_dir):
+    require_outside_of_runs(run_dir)
+    if names := os.listdir(run_dir) if os.path.isdir(run_dir) else []:
         raise ConfigError(
             f"{run_dir} is not empty ({', '.join(sorted(names)[:4])}); nothing was changed. An import makes a new run: "
             f"give another --run, or move away what is there."

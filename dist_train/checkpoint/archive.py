@@ -35,12 +35,19 @@ from dist_train.checkpoint.manifest import (
 )
 from dist_train.checkpoint.outbox import new_file, require_new
 from dist_train.checkpoint.ownership import newest_attempt
-from dist_train.checkpoint.selection import best_path, find_checkpoints, newest_path, open_run
+from dist_train.checkpoint.selection import (
+    best_path,
+    better_elsewhere,
+    find_checkpoints,
+    newest_path,
+    open_run,
+    warn_of_better_elsewhere,
+)
 from dist_train.checkpoint.store import CHUNK_BYTES, Store
 from dist_train.checkpoint.stripping import weights_only as without_training_state
 from dist_train.checkpoint.verify import RunningDigest
-from dist_train.console import ByteMeter
-from dist_train.errors import CorruptCheckpointError, NoCheckpointError
+from dist_train.console import ByteMeter, bytes_text
+from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StorageError
 
 Json = Any
 Choice = Literal["best", "latest", "both", "all"]
@@ -62,7 +69,7 @@ class PackedCheckpoint:
     path: str
     """Folder inside the unpacked run directory."""
     marks: list[str]
-    """best, latest."""
+    """best (best here, where a better one is in another directory), latest; of a choice of one its own alone."""
     global_step: int
     epochs_completed: int
     num_bytes: int
@@ -105,6 +112,7 @@ def pack(
     *,
     choice: Choice = "both",
     weights_only: bool = False,
+    max_bytes: int | None = None,
     force: bool = False,
 ) -> Packed:
     """Packs a run for a download; what it unpacks into can be listed, loaded from and trained on.
@@ -116,12 +124,13 @@ def pack(
             latest alone where no metric is monitored), or `all`.
         weights_only: leave out the state of optimizer, scheduler and scaler, which is most of the bytes: for
             inference; a training that goes on from it starts them fresh.
+        max_bytes: refuse a zip that would be larger.
         force: replace what is there.
 
     Raises:
         NoCheckpointError, CorruptCheckpointError: a checkpoint cannot be had.
-        ConfigError: the target is there already.
-        StorageError: it cannot be written; nothing is left of it.
+        ConfigError: the target is there already, or lies in a run.
+        StorageError: it cannot be written, or is too large; nothing is left of it.
     """
     store = open_run(run_dir)
     folder = os.path.basename(store.root)
@@ -131,10 +140,12 @@ def pack(
     sums_target = f"{target}.sha256"
     for one in (target, sums_target):
         require_new(one, force=force, is_folder=False)
+    if choice in ("best", "both"):
+        warn_of_better_elsewhere(store, find_checkpoints(store))
     for tries_left in reversed(range(_TRIES)):
         contents = _choose(store, choice, weights_only)
         try:
-            digest = _write(store, target, folder, contents, force)
+            digest = _write(store, target, folder, contents, max_bytes, force)
             break
         except CorruptCheckpointError:  # or pruned by the training that goes on; then something newer is there
             if not tries_left or all(read_checkpoint(store, one.path).manifest == one.origin for one in contents):
@@ -170,7 +181,9 @@ def _choose(store: Store, choice: Choice, weights_only: bool) -> list[_Content]:
     """Oldest first."""
     found = find_checkpoints(store)
     best, latest = best_path(found), newest_path(found)
-    marked = {"best": best, "latest": latest}
+    marked = {"best here" if better_elsewhere(found) else "best": best, "latest": latest}
+    if choice in ("best", "latest"):  # what is latest in the directory of an earlier session is not the run's latest
+        marked = {mark: path for mark, path in marked.items() if mark.startswith(choice)}
     if latest is None or (choice == "best" and best is None):
         what = "checkpoint that can be used" if latest is None else "best checkpoint: no monitored metric is recorded"
         raise NoCheckpointError(f"{store.given} holds no {what}; `dist-train ls {store.given}` lists what there is.")
@@ -185,12 +198,18 @@ def _choose(store: Store, choice: Choice, weights_only: bool) -> list[_Content]:
     return contents
 
 
-def _write(store: Store, target: str, folder: str, contents: list[_Content], force: bool) -> str:
+def _write(store: Store, target: str, folder: str, contents: list[_Content], max_bytes: int | None, force: bool) -> str:
     """Returns the sha256 of the archive, of its bytes as they are read again: zipfile goes back to fill in sizes."""
     small = _small_files(store, contents)
     large = sum(one.manifest.num_bytes for one in contents)
     count = len(small) + sum(len(one.manifest.files) + 1 for one in contents) + 2
     needed = large + sum(map(len, small.values())) + sum(len(one.text) for one in contents) + count * _FILE_BYTES
+    if max_bytes is not None and needed > max_bytes:
+        raise StorageError(
+            f"{target} was not written: it takes {bytes_text(needed)}, and {bytes_text(max_bytes)} are free for it. "
+            f"Pack with --weights-only, or make room first: `dist-train prune {store.given}` removes checkpoints by "
+            f"policy, and an earlier zip may go."
+        )
     meter = ByteMeter(2 * large, sys.stderr, name=f"pack {target}")
     try:
         with _opened(store, contents) as sources, new_file(target, needed_bytes=needed, force=force) as file:

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_train.checkpoint.catalog import Found, list_checkpoints, read_checkpoint
-from dist_train.checkpoint.manifest import ABANDONED, BRANCH_FILE, CHECKPOINTS
+from dist_train.checkpoint.catalog import Found, find_abandoned, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.manifest import ABANDONED, BRANCH_FILE, CHECKPOINTS, MANIFEST_NAME
 from dist_train.checkpoint.resume import (
     ResumeRequest,
     Selector,
+    is_named,
     not_found_message,
     select_candidates,
     select_named,
@@ -154,7 +155,7 @@ def new_record(store: Store, record: Json, request: ResumeRequest, placed: Seque
     if origin.one.manifest is None:
         raise NoCheckpointError(
             f"resume={request.text!r} cannot be used: {origin.one.problem} Give another checkpoint "
-            f"(`dist-train ls {store.given}` lists them)."
+            f"(`dist-train ls {store.given} --all` lists them)."
         )
     newest = max([last_sequence(record), *(one.sequence for one in placed)])
     return {
@@ -172,24 +173,26 @@ def _find_origin(
     """The checkpoint to start from, and whether it is one of this run's."""
     if selector.kind == "path":
         root, path = _locate(store, selector.path)
+        _require_checkpoint(store, request.text, Store(root), path)
         is_ours = any(str(one.store.root) == root for one in placed) or root == str(store.root)
         return Placed(store if root == str(store.root) else Store(root), read_checkpoint(Store(root), path)), is_ours
     current = [one for one in placed if not is_left_behind(record, one.one)]
     chosen = select_named(selector, [one.one for one in current])
     if chosen is None:
-        found = [one.one for one in current]
-        more = _abandoned_hint(store)
-        raise NoCheckpointError(
-            f"resume={request.text!r}: {not_found_message(request.text, selector, store.given, found)}{more}"
-        )
+        raise NoCheckpointError(_missing_message(store, request.text, selector, [one.one for one in current]))
     return next(one for one in current if one.one is chosen), True
 
 
-def _abandoned_hint(store: Store) -> str:
-    folders = [f"{ABANDONED}/{name}" for name in store.list(ABANDONED)]
-    count = sum(len(store.list(folder)) for folder in folders)
-    left = f"{count} checkpoint{'s' if count > 1 else ''} that a branch left behind"
-    return f" {store.shown(ABANDONED)} holds {left}: give the path of one." if count else ""
+def _missing_message(store: Store, text: str, selector: Selector, found: Sequence[Found]) -> str:
+    """Why a name leads nowhere, and where the checkpoints lie that branches have left behind."""
+    left = [read_checkpoint(store, path) for path in find_abandoned(store)]
+    same = [one.path for one in left if one.manifest and is_named(selector, one.manifest)]
+    told = not_found_message(text, selector, store.given, found, [store.shown(path) for path in same])
+    others = len(left) - len(same)
+    if others:
+        what = f"{others} {'more' if same else 'checkpoints' if others > 1 else 'checkpoint'} that a branch left behind"
+        told += f" {store.shown(ABANDONED)} holds {what}: `dist-train ls {store.given} --all` lists them."
+    return f"resume={text!r}: {told}"
 
 
 def last_sequence(record: Json) -> int:
@@ -259,6 +262,25 @@ def _locate(store: Store, requested: str) -> tuple[str, str]:
     if f"{os.sep}{ABANDONED}{os.sep}" in full:  # one that a branch of another run has left behind
         home = full.partition(f"{os.sep}{ABANDONED}{os.sep}")[0]
     return home, os.path.relpath(full, home)
+
+
+def _require_checkpoint(store: Store, text: str, there: Store, path: str) -> None:
+    """Raises NoCheckpointError for a path of nothing, and for a folder of checkpoints that is none itself."""
+    lists = f"`dist-train ls {store.given} --all` lists what this run has."
+    if not there.is_directory(path):
+        is_file = there.exists(path)
+        what = "that is a file, expected the folder of a checkpoint" if is_file else "there is no such folder"
+        raise NoCheckpointError(f"resume={text!r}: {what} ({there.path(path)}). {lists}")
+    if there.exists(f"{path}/{MANIFEST_NAME}"):
+        return
+    for folder in (path, f"{path}/{CHECKPOINTS}"):
+        names = [name for name in there.list(folder) if there.exists(f"{folder}/{name}/{MANIFEST_NAME}")]
+        if names:
+            holds = f"{names[0]}" if len(names) == 1 else f"{len(names)} of them, from {names[0]} to {names[-1]}"
+            raise NoCheckpointError(
+                f"resume={text!r}: {there.path(folder)} is no checkpoint, but holds {holds}. Give the path of one, "
+                f"{there.path(f'{folder}/{names[-1]}')} for instance."
+            )
 
 
 def _abandon(store: Store, path: str, attempt: int) -> None:

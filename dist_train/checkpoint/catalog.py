@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, parse_step_name
+from dist_train.checkpoint.manifest import ABANDONED, CHECKPOINTS, MANIFEST_NAME, Manifest, parse_step_name
 from dist_train.checkpoint.store import Store
 from dist_train.errors import CheckpointError
 
@@ -34,6 +34,14 @@ def list_checkpoints(store: Store) -> list[Found]:
     names = [name for name in store.list(CHECKPOINTS) if parse_step_name(name) is not None]
     found = [read_checkpoint(store, f"{CHECKPOINTS}/{name}") for name in names]
     return sorted(found, key=lambda one: one.manifest.sequence if one.manifest else -1)
+
+
+def find_abandoned(store: Store) -> list[str]:
+    """Checkpoints that a branch has left behind."""
+    folders = [f"{ABANDONED}/{name}" for name in store.list(ABANDONED)]
+    return [
+        f"{folder}/{name}" for folder in folders for name in store.list(folder) if parse_step_name(name) is not None
+    ]
 
 
 def committed(found: Sequence[Found]) -> list[tuple[str, Manifest]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from dist_train import errors
 from dist_train.checkpoint.catalog import committed, list_checkpoints
+from dist_train.checkpoint.enclosure import require_place_for_run
 from dist_train.checkpoint.keeper import Keeper
 from dist_train.checkpoint.manifest import (
     CHECKPOINTS,
@@ -117,6 +118,7 @@ class Checkpointer:
         """Takes the run directory over: ownership, shared check, leftovers of dead attempts to the trash.
 
         Raises:
+            ConfigError: it lies among the checkpoints of another run.
             StorageError: not writable, or not one directory for all nodes.
             RunInUseError: another launch lives there.
         """
@@ -129,6 +131,7 @@ class Checkpointer:
 
     def _take_over(self) -> Json:
         assert self._ownership is not None
+        require_place_for_run(str(self.store.root))
         self.store.require_writable()
         recorded = [manifest.attempt for _, manifest in committed(list_checkpoints(self.store))]
         attempt = self._ownership.acquire(at_least=max(recorded, default=0) + 1)

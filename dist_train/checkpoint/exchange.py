@@ -84,7 +84,7 @@ def export_checkpoint(
         force: replace what is there.
 
     Raises:
-        ConfigError: the target is there already, or an argument is wrong.
+        ConfigError: the target is there already or lies in a run, or an argument is wrong.
         NoCheckpointError, CorruptCheckpointError: the checkpoint cannot be had.
         StorageError: the target cannot be written; nothing is left of it.
     """
@@ -134,7 +134,8 @@ def import_checkpoint(source: str, run_dir: str, **options: Any) -> Adopted:
         options: the fields of `ImportOptions`.
 
     Raises:
-        ConfigError: the run directory holds checkpoints already, or an option does not fit the source.
+        ConfigError: the run directory holds checkpoints already or lies in another run, or an option does not fit the
+            source.
         CorruptCheckpointError: the source is damaged, or it is no such file.
         UnsaveableStateError: it holds what tensors and JSON cannot hold.
         StorageError: the run directory cannot be written.

@@ -15,9 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from dist_train.checkpoint import branch
-from dist_train.checkpoint.catalog import Found, read_checkpoint
+from dist_train.checkpoint.catalog import Found, find_abandoned, read_checkpoint
 from dist_train.checkpoint.manifest import ABANDONED, CHECKPOINTS, CORRUPT_PREFIX, Manifest
-from dist_train.checkpoint.overview import find_abandoned
 from dist_train.checkpoint.pins import is_pinned, read_pins
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.retention import Decision, Holding, Place, Verdict

@@ -133,6 +133,8 @@ def _step_text(row: Facts) -> str:
 
 def _marks(row: Facts) -> list[str]:
     marks = [name.replace("_", " ") for name in ("latest", "best", "pinned", "weights_only") if row[name]]
+    if row.get("best_here"):  # a better one was saved elsewhere
+        marks[marks.index("best")] = "best here"
     return ["corrupt", *marks] if "problem" in row else marks
 
 
@@ -147,6 +149,7 @@ def _leftover_lines(leftovers: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _run_pairs(run: Facts) -> dict[str, str]:
+    elsewhere, best = run["better_elsewhere"], os.path.basename(run["best"] or "")
     unusable = f", and {run['unusable']} that cannot be used" if run["unusable"] else ""
     return {
         "id": value_text(run["run_id"]),
@@ -156,7 +159,8 @@ def _run_pairs(run: Facts) -> dict[str, str]:
         "attempts": value_text(run["attempts"]),
         "checkpoints": f"{run['checkpoints']}{unusable}",
         "newest": os.path.basename(run["newest"] or ""),
-        "best": os.path.basename(run["best"] or ""),
+        "best": f"{_best_text(elsewhere)}; not in this directory" if elsewhere else best,
+        "best here": best if elsewhere else "",
         "besides": "; ".join(_leftover_lines(run["leftovers"])),
     }
 

@@ -11,11 +11,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from dist_train.checkpoint.catalog import Found, committed, read_checkpoint
+from dist_train.checkpoint.catalog import Found, committed, find_abandoned, read_checkpoint
 from dist_train.checkpoint.manifest import (
-    ABANDONED,
     CHECKPOINTS,
     CORRUPT_PREFIX,
     EVENTS_LOG,
@@ -29,7 +29,7 @@ from dist_train.checkpoint.manifest import (
 )
 from dist_train.checkpoint.ownership import Owner, newest_attempt, read_owner
 from dist_train.checkpoint.pins import is_pinned, read_pins
-from dist_train.checkpoint.selection import best_path, find_checkpoints, newest_path
+from dist_train.checkpoint.selection import best_path, better_elsewhere, find_checkpoints, newest_path
 from dist_train.checkpoint.store import Store
 from dist_train.errors import CheckpointError
 
@@ -47,7 +47,10 @@ def list_rows(store: Store) -> list[dict[str, Json]]:
     """Every checkpoint of the run, oldest first, those that cannot be used with their `problem`."""
     found = find_checkpoints(store)
     latest, best, pins = newest_path(found), best_path(found), read_pins(store)
-    rows = [{**_row(store, one, pins), "latest": one.path == latest, "best": one.path == best} for one in found]
+    marks = [{"latest": one.path == latest, "best": one.path == best} for one in found]
+    rows = [{**_row(store, one, pins), **mark} for one, mark in zip(found, marks, strict=True)]
+    if better_elsewhere(found):
+        rows = [{**row, "best_here": row["best"]} for row in rows]
     aside = [name for name in store.list(CHECKPOINTS) if name.startswith(CORRUPT_PREFIX)]
     reasons = _reasons(store, aside)
     for name in aside:
@@ -124,14 +127,6 @@ def find_leftovers(store: Store) -> dict[str, dict[str, int]]:
     }
 
 
-def find_abandoned(store: Store) -> list[str]:
-    """Checkpoints that a branch has left behind."""
-    folders = [f"{ABANDONED}/{name}" for name in store.list(ABANDONED)]
-    return [
-        f"{folder}/{name}" for folder in folders for name in store.list(folder) if parse_step_name(name) is not None
-    ]
-
-
 # All about a run and one checkpoint
 
 
@@ -140,7 +135,7 @@ def describe_run(store: Store) -> dict[str, Json]:
     found = find_checkpoints(store)
     identity = _read_json(store, RUN_FILE)
     owner = read_owner(store)
-    newest, best = newest_path(found), best_path(found)
+    newest, best, elsewhere = newest_path(found), best_path(found), better_elsewhere(found)
     return {
         "run_dir": store.given,
         "run_id": identity.get("run_id"),
@@ -152,6 +147,7 @@ def describe_run(store: Store) -> dict[str, Json]:
         "unusable": len(found) - len(committed(found)),
         "newest": store.shown(newest) if newest else None,
         "best": store.shown(best) if best else None,
+        "better_elsewhere": None if elsewhere is None else asdict(elsewhere),
         "leftovers": find_leftovers(store),
     }
 

@@ -48,7 +48,7 @@ def read_run_id(store: Store) -> str:
     """What run.json says; "" where it is missing or damaged. Raises OSError where the disk does not give it."""
     try:
         return str(json.loads(store.read(RUN_FILE))["run_id"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return ""
 
 

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dist_train.errors import ConfigError
+from dist_train.field_docs import tell_fields
 from dist_train.units import parse_bytes, parse_seconds
 
 
+@tell_fields
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointPolicy:
     """When to save and what to keep. Several triggers may be given; each one saves.

@@ -189,7 +189,8 @@ class Restorer:
         try:
             reader = CheckpointReader(store, path, found.manifest, rank=self._world.rank)
         except (OSError, ValueError, CorruptCheckpointError) as error:
-            return None, str(error), isinstance(error, OSError)
+            is_missing = isinstance(error, FileNotFoundError)  # damage, as the rank that verifies the file sees too
+            return None, str(error), isinstance(error, OSError) and not is_missing
         return Opened(path=store.shown(path), manifest=found.manifest, reader=reader, origin=store), "", False
 
     def _pass_over(self, path: str, problem: str) -> None:

@@ -52,13 +52,13 @@ def select_named(selector: Selector, found: Sequence[Found]) -> Found | None:
     usable = sorted((one for one in found if one.manifest), key=_sequence)
     if selector.kind == "best":
         return _best(usable)
-    named = [one for one in usable if one.manifest and _is_named(selector, one.manifest)]
+    named = [one for one in usable if one.manifest and is_named(selector, one.manifest)]
     broken = [one for one in found if one.manifest is None and selector.kind == "step"]
     broken = [one for one in broken if parse_step_name(one.path.rsplit("/", 1)[-1]) == selector.number]
     return next(iter([*reversed(named), *broken]), None)
 
 
-def _is_named(selector: Selector, manifest: Manifest) -> bool:
+def is_named(selector: Selector, manifest: Manifest) -> bool:
     progress = manifest.progress
     if selector.kind == "epoch":
         return progress.epochs_completed == selector.number and progress.samples_into_epoch == 0
@@ -89,6 +89,11 @@ class ResumeRequest:
         if text in kinds:
             return ResumeRequest(kinds[text], text)
         before, mark, label = text.rpartition("#")
+        if mark and before and not label:
+            raise ConfigError(
+                f"resume={text!r} has no label after the #; write for instance {text + 'b'!r}, which starts a branch "
+                f"there once more, or {before!r}."
+            )
         named = before if mark and "/" not in label else text  # a folder's name may have a # of its own
         if named == "best" or named.startswith(("epoch:", "step:", "step-")) or "/" in named:
             return ResumeRequest("branch", text, Selector.parse(named))
@@ -125,8 +130,19 @@ def no_checkpoint_message(run_dir: str, found: Sequence[Found]) -> str:
     )
 
 
-def not_found_message(text: str, selector: Selector, run_dir: str, found: Sequence[Found]) -> str:
-    """One paragraph that says why a selector names nothing, and what there is."""
+def relabelled(text: str) -> str:
+    """The request that starts a branch from the same checkpoint once more."""
+    return f"{text}2" if "#" in text.rpartition("/")[2] else f"{text}#b"
+
+
+def not_found_message(
+    text: str, selector: Selector, run_dir: str, found: Sequence[Found], elsewhere: Sequence[str] = ()
+) -> str:
+    """One paragraph that says why a selector names nothing, and what there is.
+
+    Args:
+        elsewhere: paths of checkpoints that it would name, had no branch left them behind.
+    """
     usable = [manifest for _, manifest in committed(sorted(found, key=_sequence))]
     if not usable:
         problems = "".join(f" {one.problem}" for one in found if one.problem)
@@ -137,20 +153,30 @@ def not_found_message(text: str, selector: Selector, run_dir: str, found: Sequen
             f"{run_dir} holds no best checkpoint: no monitored metric is recorded in its {len(usable)} checkpoints "
             f"(metrics are what the loop gives to end_epoch). Choose latest, epoch:N or step:N."
         )
-    if selector.kind == "epoch":
-        done = [m.progress.epochs_completed for m in usable if m.progress.samples_into_epoch == 0]
+    done = [m.progress.epochs_completed for m in usable if m.progress.samples_into_epoch == 0]
+    if selector.kind == "step":
+        there = f"those of step {_some(_steps(usable))}"
+        most, far = max(_steps(usable)), "step"
+    else:
         there = f"those after epoch {_some(done)}" if done else "none that was saved at an epoch's end"
-        more = "The policy decides which epochs stay: CheckpointPolicy(keep_every_epochs=5) keeps every fifth."
-        return f"{run_dir} holds no checkpoint for {text}; it holds {there}. {more}"
-    return f"{run_dir} holds no checkpoint for {text}; it holds those of step {_some(_steps(usable))}."
+        most, far = max(m.progress.epochs_completed for m in usable), "the end of epoch"
+    if elsewhere:
+        more = f" A branch has left it behind as {_some(elsewhere)}: give that path."
+    elif selector.number > most:
+        more = f" It has not been trained beyond {far} {most}."
+    elif selector.kind == "epoch":
+        more = " The policy decides which epochs stay: CheckpointPolicy(keep_every_epochs=5) keeps every fifth."
+    else:
+        more = ""
+    return f"{run_dir} holds no checkpoint for {text}; it holds {there}.{more}"
 
 
 def _steps(usable: Sequence[Manifest]) -> list[int]:
     return [manifest.progress.global_step for manifest in usable]
 
 
-def _some(numbers: Sequence[int]) -> str:
-    texts = [str(number) for number in dict.fromkeys(numbers)]
+def _some(those: Sequence[object]) -> str:
+    texts = [str(one) for one in dict.fromkeys(those)]
     return ", ".join(texts if len(texts) <= 6 else [texts[0], "...", *texts[-4:]])
 
 

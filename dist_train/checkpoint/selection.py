@@ -5,15 +5,18 @@ Invariant: reads only; what counts as committed is the catalog's business. Needs
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 
-from dist_train.checkpoint.catalog import Found, list_checkpoints, read_checkpoint
-from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, RUN_FILE
+from dist_train.checkpoint.catalog import Found, committed, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, RUN_FILE, Best
 from dist_train.checkpoint.resume import SELECTORS, Selector, not_found_message, select_named
 from dist_train.checkpoint.store import Store
+from dist_train.console import metric_text
 from dist_train.errors import NoCheckpointError, StorageError
 
+logger = logging.getLogger(__name__)
 _GIVE = "Give the run_dir of the training, the folder above checkpoints/."
 
 
@@ -58,12 +61,43 @@ def select_checkpoint(store: Store, text: str) -> tuple[Store, Found]:
     chosen = select_named(selector, found)
     if chosen is None:
         raise NoCheckpointError(not_found_message(text, selector, store.given, found))
+    if selector.kind == "best":
+        warn_of_better_elsewhere(store, found)
     return store, chosen
 
 
 def best_path(found: list[Found]) -> str | None:
     """The checkpoint with the best monitored metric."""
     return _path(select_named(Selector("best"), found))
+
+
+def better_elsewhere(found: list[Found]) -> Best | None:
+    """The best of the run so far, where nothing that is here reaches it: it was saved in another directory, as in an
+    earlier session, or is pruned.
+    """
+    chosen, known = select_named(Selector("best"), found), committed(found)
+    best = known[-1][1].best if known else None
+    if best is None:
+        return None
+    here = chosen.manifest.metrics[best.monitor] if chosen and chosen.manifest else None
+    is_better = here is None or (best.value < here if best.mode == "min" else best.value > here)
+    return best if is_better else None
+
+
+def warn_of_better_elsewhere(store: Store, found: list[Found]) -> None:
+    """Whoever asks for the best model is told when it is not here."""
+    best, here = better_elsewhere(found), select_named(Selector("best"), found)
+    if best is None or here is None or here.manifest is None:
+        return
+    logger.warning(
+        "The best model of this run (%s %s at step %d) is not in %s; the best that is here, of step %d, has %s.",
+        best.monitor,
+        metric_text(best.monitor, best.value),
+        best.global_step,
+        store.given,
+        here.manifest.progress.global_step,
+        metric_text(best.monitor, here.manifest.metrics[best.monitor]),
+    )
 
 
 def newest_path(found: list[Found]) -> str | None:

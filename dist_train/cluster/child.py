@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,11 @@ GRACE_SECONDS = 90.0
 DRAIN_SECONDS = 5.0
 """How long the pipe is read on after the child's end, where something that it started still holds it."""
 _POLL_SECONDS = 0.2
+_OF_A_TRACEBACK = re.compile(
+    r"(?:\[rank\d+\]: ?)?"
+    r"(?:$|\s|Traceback |During handling |The above exception |(?:[\w.]+\.)?[A-Z]\w*(?:Error|Interrupt)\b)"
+)
+"""A line of a traceback, or an empty one."""
 # Linux tells the child when its parent dies, however that happens; the setting survives the exec.
 _ENDS_WITH_PARENT = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
@@ -68,11 +74,17 @@ def run_child(
                 interrupt = error
                 say("Interrupted: the training ends now; once more kills it.")
                 child.interrupt()
+                say = _without_tracebacks(say)
     finally:
         child.end()
     if interrupt is not None:
         raise interrupt
     return child.exit_code
+
+
+def _without_tracebacks(say: Callable[[str], None]) -> Callable[[str], None]:
+    """An end that was asked for is no error: what the training itself says of it is enough."""
+    return lambda line: None if _OF_A_TRACEBACK.match(line) else say(line)
 
 
 class _Child:

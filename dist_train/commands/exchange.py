@@ -77,6 +77,8 @@ def _add_pack(add: AddCommand) -> None:
         choice.add_argument(f"--{name}", dest="choice", action="store_const", const=name, help=text)
     one.set_defaults(choice="both")
     one.add_argument("--weights-only", action="store_true", help="without the state of optimizer, scheduler, scaler")
+    limit = "refuse a zip that would be larger, for instance what is left of a quota"
+    one.add_argument("--max-bytes", metavar="SIZE", type=_size, help=limit)
     one.add_argument("--to", metavar="FILE.zip", help="zip to be written; RUN.zip here by default")
     one.add_argument("--force", action="store_true", help="replace what is there")
 
@@ -116,7 +118,14 @@ def _import(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace) -> int:
     from dist_train.checkpoint.archive import pack  # brings xxhash
 
-    done = pack(args.run_dir, args.to, choice=args.choice, weights_only=args.weights_only, force=args.force)
+    done = pack(
+        args.run_dir,
+        args.to,
+        choice=args.choice,
+        weights_only=args.weights_only,
+        max_bytes=args.max_bytes,
+        force=args.force,
+    )
     return print_json(asdict(done)) if args.json else _say(_pack_lines(done))
 
 

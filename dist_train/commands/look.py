@@ -11,14 +11,13 @@ import os
 import sys
 from typing import Any
 
-from dist_train.checkpoint.catalog import Found, read_checkpoint
+from dist_train.checkpoint.catalog import Found, find_abandoned, read_checkpoint
 from dist_train.checkpoint.listing import abandoned_lines, list_lines, result_lines, show_lines, verdict_lines
 from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME
 from dist_train.checkpoint.overview import (
     abandoned_row,
     describe_checkpoint,
     describe_run,
-    find_abandoned,
     find_leftovers,
     list_rows,
     problem_text,

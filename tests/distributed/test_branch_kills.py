@@ -32,7 +32,7 @@ class Case:
     seed: int
 
     def command(self, run_dir: Path, *options: str, script: tuple[str, ...] = (SPECIMEN,)) -> list[str]:
-        told = ["--loop", self.loop, "--epochs", str(self.epochs), "--run-dir", str(run_dir), "--keep-last", "9"]
+        told = ["--loop", self.loop, "--epochs", str(self.epochs), "--run-dir", str(run_dir), "--keep-last", "60"]
         told += options
         arguments = [*script, *told]
         return [sys.executable, *arguments] if self.world_size == 1 else torchrun(self.world_size, *arguments)
@@ -73,7 +73,7 @@ def check(case: Case, folder: Path) -> ChaosPlan:
     rates = [record["lr"] for record in read_metrics(killed) if record["kind"] == "step"]
     assert len(rates) == case.epochs * 7
     assert rates[case.branch_epoch * 7 :] == [
-        0.003 * min(1.0, (step + 1) / 20) for step in range(case.branch_epoch * 7 + 1, case.epochs * 7 + 1)
+        0.003 * min(1.0, update / 20) for update in range(case.branch_epoch * 7 + 1, case.epochs * 7 + 1)
     ]
     return plan
 

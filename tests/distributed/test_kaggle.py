@@ -38,7 +38,7 @@ def slow_step(run, loss=None):
 Run.step = slow_step
 place = sys.argv.index("--max-time") + 1
 age = time.time() - float(os.environ["DIST_TRAIN_SESSION_START"])
-sys.argv[place] = f"{age + float(sys.argv[place])}s"
+sys.argv[place] = f"{age + float(sys.argv[place].rstrip('s'))}s"
 runpy.run_path(str(Path(__file__).with_name("price.py")), run_name="__main__")
 """
 
@@ -82,7 +82,7 @@ def test_the_notebook_run_twice_finishes_the_training_that_one_session_is_too_sh
         first, version = tmp_path / "first", tmp_path / "version"
         with kaggle_tree(first, {"library": slow}, quota_megabytes=3):
             python = make_python(tmp_path / "python1")
-            notebook = run_notebook(first, python, {"MAX_TIME": "8", "QUOTA": QUOTA, "ARGUMENTS": SIZE})
+            notebook = run_notebook(first, python, {"MAX_TIME": "8s", "QUOTA": QUOTA, "ARGUMENTS": SIZE})
             save_version(first, version)
         assert list((tmp_path / "python1").glob("lib/*/site-packages/dist_train/__init__.py")), "not from the wheel"
         uninterrupted.result().require_success()
@@ -125,23 +125,42 @@ def sequence_of_first_save(run_dir: Path) -> int:
     return int(manifests_of(run_dir)[-1]["sequence"]) - len(events(run_dir, "committed")) + 1
 
 
-def test_a_best_model_of_an_earlier_session_is_found_where_it_lies(tmp_path: Path) -> None:
+def test_a_best_model_of_an_earlier_session_is_found_where_it_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The metric is best after the second epoch; what the later sessions save does not beat it."""
     run = tmp_path / "working/price"
     first, second = tmp_path / "input/version-1/runs/price", tmp_path / "input/version-2/runs/price"
     run.parent.mkdir(parents=True)
     session = Session(root=tmp_path)
-    assert session.find_best(run) == run  # which has not begun
+    assert session.find_best(run) is None  # it has not begun
     SmallRun(run_dir=first, epochs=2).train()
     SmallRun(run_dir=second, epochs=3, search=(str(first),)).train()
     SmallRun(run_dir=run, epochs=4, search=session.search).train()
-    assert session.find_best(run) == first
-    assert session.find_best(first) == first
+    best = session.find_best(run)
+    assert best is not None
+    assert (best.run, best.better) == (first, None)
     packed = session.pack(run, "--best")
     assert packed is not None
     assert packed_checkpoints(packed) == ["step-00000010"]
-    shutil.rmtree(first)  # no longer attached: of what there is, this run's own is the best
-    assert session.find_best(run) == run
+    shutil.rmtree(first)  # no longer attached: of all that is left, the second session's is the best
+    capsys.readouterr()
+    best = session.find_best(run)
+    assert best is not None
+    assert (best.run, best.epochs_completed, best.better) == (second, 3, (2 / 7, 10))
+    packed = session.pack(run, "--best")
+    assert packed is not None
+    assert packed_checkpoints(packed) == ["step-00000015"]
+    said = capsys.readouterr().out
+    assert "The best model (0.2857, step 10) is in no attached version; packing 0.4286 of epoch 3 instead." in said
+    session.explain(run)
+    assert "is in no attached version; the best that is here has 0.4286, after epoch 3." in capsys.readouterr().out
+    poor = Session(root=tmp_path, quota_bytes=session.used_bytes + 1000)
+    before = packed.read_bytes()
+    assert poor.pack(run, "--latest") is None
+    assert "was not written: it takes" in (said := capsys.readouterr().out)
+    assert "Pack with --weights-only, or make room first" in said
+    assert packed.read_bytes() == before
 
 
 def require_packed(notebook: Any, kept: Path) -> None:

@@ -46,8 +46,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(python: Path, *options: str) -> dict[str, str]:
     """What pip would install, by name; nothing is installed. Raises CalledProcessError where it finds no way."""
-    command = [str(python), "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", "--no-index", *options]
-    alone = {**os.environ, "PIP_CONFIG_FILE": os.devnull}  # a machine's own folders of wheels are no part of the test
+    command = [
+        str(python),
+        "-I",
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--report",
+        "-",
+        "--no-index",
+        *options,
+    ]
+    # A machine's own folders of wheels are no part of the test, nor is this library by PYTHONPATH (-I).
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    alone["PIP_CONFIG_FILE"] = os.devnull
     done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=True)
     found = [one["metadata"] for one in json.loads(done.stdout)["install"]]
     return {one["name"]: one["version"] for one in found}
@@ -77,6 +91,18 @@ def test_the_wheel_is_one_and_pure_python(folder: Path) -> None:
     assert {"dist_train/py.typed", "dist_train/cluster/kaggle.py", "dist_train/health/deadline.py"} <= set(names)
     suffixes = {Path(name).suffix for name in names if name.startswith("dist_train/")}
     assert suffixes == {".py", ".typed"}
+
+
+def test_the_environment_of_these_tests_has_what_it_was_given_and_not_the_library(tmp_path: Path) -> None:
+    python = make_bare_python(tmp_path / "python", floors())
+    command = [str(python), "-I", "-m", "pip", "--disable-pip-version-check", "list", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=True)
+    there = {one["name"]: one["version"] for one in json.loads(done.stdout) if one["name"] != "pip"}
+    assert there == floors()
+    imported = subprocess.run(
+        [str(python), "-I", "-c", "import dist_train"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert "No module named 'dist_train'" in imported.stderr
 
 
 def test_over_a_torch_at_the_floor_nothing_but_the_library_is_installed(folder: Path, tmp_path: Path) -> None:

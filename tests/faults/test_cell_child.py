@@ -111,6 +111,16 @@ while not count: time.sleep(0.01)
 time.sleep(0.3)
 print("interrupts", count)
 """
+COMPLAINS = """
+import os, sys, time
+try:
+    print("pid", os.getpid())  # the interrupt follows at once
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("saved step 7")
+    print("[rank0]: ValueError: late")
+    raise
+"""
 DEAF = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -128,6 +138,13 @@ def test_an_interrupt_of_the_cell_reaches_the_child_once_and_is_raised_when_it_h
         run_child(python(COUNTS_INTERRUPTS), cell)
     assert cell.lines[1:] == ["Interrupted: the training ends now; once more kills it.", "interrupts 1"]
     cell.require_nothing_left()
+
+
+def test_of_an_end_that_was_asked_for_no_traceback_is_shown() -> None:
+    cell = Cell("pid")
+    with pytest.raises(KeyboardInterrupt):
+        run_child(python(COMPLAINS), cell)
+    assert cell.lines[1:] == ["Interrupted: the training ends now; once more kills it.", "saved step 7"]
 
 
 def test_a_second_interrupt_kills_it_and_what_it_started() -> None:

@@ -248,6 +248,16 @@ def test_an_archive_that_is_there_is_replaced_only_when_asked(trained: Path, tmp
     unpack(tmp_path / "a.zip", tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    "place", ["", "run.json", "new.zip", "checkpoints/step-00000010/manifest.json", "latest/a.zip"]
+)
+def test_an_archive_inside_of_a_run_is_refused_whatever_is_forced(place: str, run_dir: Path) -> None:
+    before = {one: one.read_bytes() for one in run_dir.rglob("*") if one.is_file()}
+    with pytest.raises(ConfigError, match=r"in which only the training itself writes\. Nothing was changed there"):
+        pack(str(run_dir), str(run_dir / place), force=True)
+    assert {one: one.read_bytes() for one in run_dir.rglob("*") if one.is_file()} == before
+
+
 def test_files_beyond_four_gigabytes_have_the_form_of_64_bits(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_train.checkpoint import exchange
+from dist_train.checkpoint import exchange, outbox
 from dist_train.checkpoint.exchange import export_checkpoint, import_checkpoint, load_dictionary
 from dist_train.checkpoint.inference import find_checkpoint, load_model
-from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.store import Operation, Store
 from dist_train.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StateMismatchError, StorageError
 from dist_train.history import read_metrics
 from dist_train.run import Run
@@ -324,7 +326,65 @@ def test_several_models_and_optimizers_come_and_go_by_name(tmp_path: Path) -> No
     assert differences(blank["generator"].state_dict(), nets["generator"].state_dict()) == []
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "checkpoints",
+        "checkpoints/step-00000099",
+        "checkpoints/abandoned/a000001/step-00000001",
+        "checkpoints/step-00000003/x",
+        "latest",
+        "latest/x",
+        "models/new",
+    ],
+)
+def test_an_import_into_a_run_that_is_there_is_refused(place: str, run_dir: str, tmp_path: Path) -> None:
+    assert os.path.islink(f"{run_dir}/latest")
+    before = snapshot(Path(run_dir))
+    with pytest.raises(ConfigError, match=r"in which only the training itself writes\. Nothing was changed there"):
+        import_checkpoint(str(tmp_path / "old.pth"), f"{run_dir}/{place}")
+    assert snapshot(Path(run_dir)) == before
+
+
+def test_an_import_follows_a_link_to_an_empty_folder_and_names_a_dead_one(tmp_path: Path) -> None:
+    path = saved(tmp_path / "old.pth", old_checkpoint())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    import_checkpoint(path, str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "run.json").exists()
+    (tmp_path / "dead").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="dead is a link to nowhere, which is not there"):
+        import_checkpoint(path, str(tmp_path / "dead"))
+    with pytest.raises(ConfigError, match="dead is a link to nowhere, which is not there"):
+        export_checkpoint(str(tmp_path / "link"), "latest", str(tmp_path / "dead"), form="hf")
+    assert sorted(os.listdir(tmp_path)) == ["dead", "disk", "link", "old.pth"]
+
+
+def test_folders_of_other_programs_are_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000100").mkdir(parents=True)
+    for name in ("run.json", "manifest.json", "checkpoints/manifest.json"):
+        (tmp_path / name).write_text('{"name": "mine"}')
+    path = saved(tmp_path / "old.pth", old_checkpoint())
+    import_checkpoint(path, str(tmp_path / "checkpoints" / "run"))
+    export_checkpoint(str(tmp_path / "checkpoints" / "run"), "latest", str(tmp_path / "checkpoints" / "new.pth"))
+    assert (tmp_path / "checkpoints" / "new.pth").exists()
+
+
+def test_a_training_among_the_checkpoints_of_another_is_refused(run_dir: str) -> None:
+    before = snapshot(Path(run_dir))
+    for place in ("checkpoints", "checkpoints/step-00000003", "checkpoints/step-00000003/x", "checkpoints/new"):
+        with pytest.raises(ConfigError, match="where a run keeps its checkpoints"):
+            Run(f"{run_dir}/{place}", model=build("plain")).__enter__()
+    assert snapshot(Path(run_dir)) == before
+
+
 # Exports
+
+
+def snapshot(root: Path) -> dict[str, bytes | None]:
+    """Every name below a folder, and what the files hold."""
+    return {str(one): one.read_bytes() if one.is_file() else None for one in sorted(root.rglob("*"))}
 
 
 @pytest.fixture
@@ -375,6 +435,109 @@ def test_what_is_there_stays_until_it_may_be_replaced(run_dir: str, tmp_path: Pa
     assert target.read_text() == "mine"
     export_checkpoint(run_dir, "best", str(target), force=True)
     assert torch.load(target, weights_only=True)["epoch"] == 12
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors", "hf"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "run.json",
+        "metrics.jsonl",
+        "new",
+        "checkpoints/step-00000003",
+        "checkpoints/step-00000003/manifest.json",
+        "checkpoints/step-00000099",
+        "../link",
+        "../copied/manifest.json",
+    ],
+)
+def test_an_export_into_a_run_is_refused_whatever_is_forced(
+    form: Any, place: str, run_dir: str, tmp_path: Path
+) -> None:
+    shutil.copytree(Path(run_dir) / "checkpoints" / "step-00000003", tmp_path / "copied")
+    (tmp_path / "link").symlink_to("ultra/checkpoints/step-00000003")
+    before = snapshot(tmp_path)
+    with pytest.raises(ConfigError, match=r"in which only the training itself writes\. Nothing was changed there"):
+        export_checkpoint(run_dir, "latest", f"{run_dir}/{place}", form=form, force=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_only_the_weights_of_a_model_are_replaced_in_a_folder(run_dir: str, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    stale = ["model.safetensors.index.json", "model-00001-of-00009.safetensors", "model-00009-of-00009.safetensors"]
+    mine = ["adapter.safetensors", "model_1.safetensors", "unet.safetensors.index.json", "config.json", "x.bin"]
+    for name in [*stale, *mine]:
+        (folder / name).write_text("there before")
+    export_checkpoint(run_dir, "latest", str(folder), form="hf", force=True)
+    assert sorted(os.listdir(folder)) == sorted([*mine, "model.safetensors"])
+    assert all((folder / name).read_text() == "there before" for name in mine)
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as one thread can tell: nothing after it happens."""
+
+
+def read_folder(folder: Path, *, index_first: bool) -> dict[str, torch.Tensor] | None:
+    """What a reader of a Hugging Face folder finds; which of two sets it takes is its own rule."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists() and not (index_first and index.exists()):
+        return load_file(single)
+    if not index.exists():
+        return None
+    named: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    return {key: load_file(folder / name)[key] for key, name in named.items()}
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    """Two runs with other values of the same six tensors, 256 bytes each."""
+    root = tmp_path_factory.mktemp("models")
+    made = []
+    for name in ("old", "new"):
+        weights = {f"w{number}": torch.randn(8, 8) for number in range(6)}
+        import_checkpoint(saved(root / f"{name}.pth", weights), str(root / name))
+        made.append((str(root / name), weights))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("old_bytes", "new_bytes"), [(9999, 9999), (9999, 600), (600, 9999), (600, 900), (900, 600), (600, 600)]
+)
+def test_a_kill_while_weights_are_replaced_leaves_a_whole_set_and_never_a_mixed_one(
+    old_bytes: int, new_bytes: int, two_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old_run, old), (new_run, new) = two_models
+    folder, seen, killed = tmp_path / "hf", set(), True
+    for nth in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        export_checkpoint(old_run, "latest", str(folder), form="hf", max_shard_bytes=old_bytes)
+        (folder / "config.json").write_text("mine")
+        left = itertools.count(nth, -1)
+
+        def observe(operation: Operation, left: Iterator[int] = left) -> None:
+            if "hf/" in f"{operation.path} {operation.target}" and operation.kind != "mkdir" and next(left) <= 0:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(outbox, "Store", lambda root, observe=observe: Store(root, observer=observe))
+            with contextlib.suppress(Killed):
+                export_checkpoint(new_run, "latest", str(folder), form="hf", max_shard_bytes=new_bytes, force=True)
+                killed = False
+        for index_first in (False, True):
+            found = read_folder(folder, index_first=index_first)
+            whole = [name for name, one in (("old", old), ("new", new)) if found and not differences(one, found)]
+            assert whole or (found is None and old_bytes == new_bytes == 600), f"operation {nth}"
+            seen |= set(whole)
+        export_checkpoint(new_run, "latest", str(folder), form="hf", max_shard_bytes=new_bytes, force=True)
+        assert differences(new, read_folder(folder, index_first=True)) == [], "the same command again finishes"
+        assert len(os.listdir(folder)) == {9999: 1, 900: 3, 600: 4}[new_bytes] + 1
+        if not killed:
+            break
+    assert not killed
+    assert nth >= 1
+    assert seen == {"old", "new"}
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "hf"])

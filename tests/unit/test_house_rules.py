@@ -23,6 +23,7 @@ ROOMS = {"checkpoint", "health", "cluster", "drill"}
 ERRORS, GROUND, PARTS, RUN, TRAINER, TOP = range(6)
 LEVEL_OF_MODULE = {
     "errors": ERRORS,
+    "field_docs": ERRORS,
     "units": GROUND,
     "world": GROUND,
     "joining": GROUND,
@@ -38,9 +39,10 @@ LEVEL_OF_MODULE = {
     "tied": PARTS,
     "state": PARTS,
     "optimizer_state": PARTS,
+    "rate_meter": PARTS,
     "rates": PARTS,
     "schedule": PARTS,
-    "turns": PARTS,
+    "fingerprints": PARTS,
     "rng": PARTS,
     "order": PARTS,
     "data": PARTS,

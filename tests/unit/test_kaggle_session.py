@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from dist_train.cluster import kaggle
+from dist_train.cluster.best_model import BestModel
 from dist_train.cluster.kaggle import Gpu, Session, find_gpus
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, DistTrainError
 
 T4 = Gpu("Tesla T4", (7, 5))
 
@@ -39,6 +40,9 @@ class Started(list[tuple[list[str], dict[str, str], float]]):
     """Stands for `run_child`: notes the command, the environment and the time it was given."""
 
     code = 0
+    said: Sequence[str] = ()
+    saves: Path | None = None
+    """Each start leaves one more checkpoint there."""
 
     def __call__(
         self,
@@ -49,6 +53,10 @@ class Started(list[tuple[list[str], dict[str, str], float]]):
         seconds: float = float("inf"),
     ) -> int:
         self.append((list(command), dict(environment), seconds))
+        for line in self.said:
+            say(line)
+        if self.saves:
+            (self.saves / f"step-{len(self):08}").mkdir(parents=True)
         return self.code
 
 
@@ -180,25 +188,23 @@ def test_earlier_outputs_are_searched_below_the_inputs(root: Path) -> None:
 # Training
 
 
-def test_one_process_a_gpu_and_restarts_through_torchrun(
-    root: Path, started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_process_a_gpu_through_torchrun(root: Path, started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kaggle, "find_gpus", lambda: (T4, T4))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     script = attach(root, "library/train.py")
     assert Session().train("train.py", "--epochs", 3) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [sys.executable, "-m", "dist_train.cluster.launcher"]
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     Session().train("train.py")
     assert [environment["OMP_NUM_THREADS"] for _, environment, _ in started] == ["1", "2"]
-    options = ["--nproc-per-node=2", "--max-restarts=3", str(script), "--epochs", "3"]
+    options = ["--nproc-per-node=2", str(script), "--epochs", "3"]
     assert started[0][0] == [*launcher, *options]
 
 
-def test_a_single_process_without_restarts_needs_no_launcher(root: Path, started: Started) -> None:
+def test_a_single_process_needs_no_launcher(root: Path, started: Started) -> None:
     script = attach(root, "library/train.py")
-    Session().train(str(script), restarts=0)
+    Session().train(str(script))
     assert started[0][0] == [sys.executable, str(script)]
 
 
@@ -222,8 +228,85 @@ def test_a_training_that_fails_is_told_and_not_raised(
 ) -> None:
     started.code = 1
     attach(root, "library/train.py")
-    assert Session().train("train.py") == 1
+    session = Session()
+    session.finish()  # nothing has failed yet
+    assert session.train("train.py") == 1
     assert "Training ended with exit code 1; the cause stands above." in capsys.readouterr().out
+    with pytest.raises(DistTrainError, match=r"exit code 1.*What it saved is whole and in this version's output"):
+        session.finish()
+    for started.code in (0, 130):
+        session.train("train.py")
+        session.finish()
+
+
+def test_the_cause_is_told_at_the_end_and_a_mistake_in_the_settings_is_not_tried_again(
+    root: Path, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started.code = 1
+    started.said = [
+        "[rank0]:   raise ConfigError(",
+        "[rank0]: dist_train.errors.ConfigError: no such thing.",
+        "",
+        "W0101",
+    ]
+    attach(root, "library/train.py")
+    session = Session()
+    session.train("train.py", "--run-dir", str(root / "run"))
+    assert len(started) == 1
+    told = "Training ended with exit code 1: ConfigError: no such thing."
+    assert capsys.readouterr().out.splitlines()[-1] == f"{told} What it saved is whole."
+    session.explain(root / "run")
+    assert capsys.readouterr().out == f"{root}/run has not begun: ConfigError: no such thing.\n"
+    with pytest.raises(DistTrainError, match=told):
+        session.finish()
+    (root / "run").mkdir()
+    old = {"status": "interrupted", "exit_code": 130, "error": "", "global_step": 7, "epochs_completed": 2}
+    (root / "run/status.json").write_text(json.dumps(old))
+    session.explain(root / "run")
+    assert f"{told} Correct that and run the training cell again." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "starts"), [(1, 3), (137, 3), (130, 1), (93, 1)])
+def test_what_crashed_after_a_save_is_started_again(
+    code: int, starts: int, root: Path, started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started.code = code
+    started.saves = root / "run/checkpoints"
+    attach(root, "library/train.py")
+    assert Session().train("train.py", f"--run-dir={root}/run", restarts=2) == code
+    assert len(started) == starts
+    assert ("(restart 2 of 2)" in capsys.readouterr().out) == (starts == 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_time": "11,5h"}, "'11,5h' is not a duration"),
+        ({"max_time": "0s"}, "at most the session's 12 h"),
+        ({"max_time": "13h"}, "at most the session's 12 h"),
+        ({"quota_bytes": "twenty"}, "'twenty' is not a size"),
+        ({"quota_bytes": 0}, "The quota is 0 bytes"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_started(
+    settings: dict[str, Any], expected: str, root: Path
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        Session(**settings)
+    assert Session(quota_bytes="18GB", max_time="11h30m").quota_bytes == 18 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"), [(0, "whole number"), ("2", "whole number"), (3, "there are 2 GPUs")]
+)
+def test_a_number_of_processes_that_cannot_be_is_refused(
+    processes: Any, expected: str, root: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kaggle, "find_gpus", lambda: (T4, T4))
+    attach(root, "library/train.py")
+    with pytest.raises(ConfigError, match=f"processes is .*{expected}"):
+        Session().train("train.py", processes=processes)
+    assert not started
 
 
 # What to do next
@@ -237,6 +320,7 @@ def test_a_training_that_fails_is_told_and_not_raised(
         ("time_limit", 0, "", "Training is not finished. To go on: save this version, attach its output"),
         ("running", None, "", "It was stopped from outside. To go on"),
         ("error", 1, "ValueError: no", "ValueError: no To go on"),
+        ("interrupted", 130, "KeyboardInterrupt", "To go on: run the training cell again; in a new session, save this"),
     ],
 )
 def test_the_status_is_explained(
@@ -252,12 +336,21 @@ def test_the_status_is_explained(
     (root / "run").mkdir()
     (root / "run/status.json").write_text(json.dumps(said))
     session = Session()
-    monkeypatch.setattr(session, "find_best", lambda run: root / "input/earlier" if status == "done" else Path(run))
+    better = (9.26, 948) if status == "time_limit" else None
+    place = root / ("input/earlier" if status == "done" else "run")
+    best = BestModel(run=place, monitor="val_smape", value=9.99, epochs_completed=13, better=better)
+    monkeypatch.setattr(session, "find_best", lambda run: best)
     assert session.status(root / "run") == said
     session.explain(root / "run")
     said_all = capsys.readouterr().out
     assert expected in said_all
+    assert "KeyboardInterrupt" not in said_all
     assert ("The best model so far lies in" in said_all) == (status == "done")
+    missing = (
+        "The best model (9.26%, step 948) is in no attached version; the best that is here has 9.99%, after epoch 13. "
+        "Attach the version that holds it."
+    )
+    assert (missing in said_all) == (status == "time_limit")
 
 
 def test_a_run_that_has_not_begun_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,12 +364,22 @@ def test_pack_writes_into_the_working_directory(
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     target = root / "working/price-best-weights-only.zip"
     session = Session()
-    monkeypatch.setattr(session, "find_best", Path)
+    monkeypatch.setattr(session, "find_best", lambda run: None)
     assert session.pack("runs/price", "--best", "--weights-only") is None  # nothing was written
     target.write_bytes(bytes(3000))
     assert session.pack("runs/price", "--best", "--weights-only") == target
     cli = [sys.executable, "-m", "dist_train.cli"]
-    assert started[0][0] == [*cli, "pack", "runs/price", "--best", "--weights-only", "--force", "--to", str(target)]
+    room = ["--max-bytes", "20000000000"]
+    packed = ["pack", "runs/price", "--best", "--weights-only", "--force", *room, "--to", str(target)]
+    assert started[0][0] == [*cli, *packed]
+    assert "19999997000" in started[1][0]
+    best = BestModel(run=root / "other", monitor="val_smape", value=9.99, epochs_completed=13, better=(9.26, 948))
+    monkeypatch.setattr(session, "find_best", lambda run: best)
+    session.pack("runs/price", "--best")
+    assert str(root / "other") in started[-1][0]
+    said = capsys.readouterr().out
+    assert said.endswith(f"Working:  {'3.0 kB'} of 20.0 GB used\n")
+    assert "(9.26%, step 948) is in no attached version; packing 9.99% of epoch 13 instead. Attach the version" in said
     started.code = 1
     assert session.pack("runs/price", "--best", "--weights-only") is None
     session.link(None)

@@ -313,6 +313,54 @@ def test_freezing_and_a_growing_optimizer_state_are_no_change(tmp_path: Path) ->
     stepping(tmp_path, model, optimizer, freeze_then_update)
 
 
+def add_a_group(model: Any, optimizer: Any) -> None:
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+
+
+def add_a_stranger(model: Any, optimizer: Any) -> None:
+    optimizer.add_param_group({"params": list(nn.Linear(3, 3).parameters())})
+
+
+def add_to_a_group(model: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"].append(model[1].weight)
+
+
+def replace_a_member(model: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"][0] = model[1].weight
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (add_a_group, "held 2 parameters and hold 2, 2"),
+        (add_a_stranger, "held 2 parameters and hold 2, 2"),
+        (add_to_a_group, "held 2 parameters and hold 3"),
+        (replace_a_member, "held 2 parameters and hold 2 others"),
+    ],
+)
+def test_parameter_groups_that_a_restart_would_not_have_are_never_saved(change: Any, told: str, tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, Any]:
+        model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+        return model, torch.optim.SGD(model[0].parameters(), lr=0.1)
+
+    model, optimizer = build()
+    with pytest.raises(ConfigError, match=f"The optimizer's parameter groups were changed .* \\(they {told}\\)"):
+        stepping(tmp_path, model, optimizer, lambda epoch: change(model, optimizer) if epoch else None)
+    again = build()
+    stepping(tmp_path, *again, lambda epoch: None)  # what was committed before can be resumed
+
+
+def test_groups_whose_settings_move_are_no_change(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def move(epoch: int) -> None:
+        optimizer.load_state_dict(optimizer.state_dict())  # makes new groups of the same parameters
+        optimizer.param_groups[0]["lr"] = 0.0
+
+    stepping(tmp_path, model, optimizer, move)
+
+
 def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="The optimizer trains no parameter of the model that the Run was given"):
         dt.Run(str(tmp_path), model=nn.Linear(1, 1), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
@@ -333,3 +381,57 @@ def test_a_trained_tensor_of_a_registered_module_is_saved(tmp_path: Path) -> Non
         for _ in run.epochs(1):
             run.step()
     assert run.committed_step == 1
+
+
+# The scheduler
+
+
+def scheduled_run(run_dir: Path, *, give: str = "nothing", prepared: bool = False, epochs: int = 1) -> None:
+    model = nn.Linear(1, 1)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    if prepared:
+        model, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
+    scheduler = None
+    if give == "a user's own":
+        scheduler = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    elif give != "no scheduler":
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    given = {"scheduler": scheduler} if give in ("scheduler=", "a user's own") else {}
+    with dt.Run(str(run_dir), model=model, optimizer=optimizer, **given) as run:
+        if give == "register":
+            run.register("schedule", scheduler)
+        for _ in run.epochs(epochs):
+            run.step()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_scheduler_that_nobody_saves_is_told_at_every_start(
+    prepared: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs in (1, 2):
+        scheduled_run(tmp_path, prepared=prepared, epochs=epochs)
+        assert "The optimizer has a scheduler that the Run was not given: it is not saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("give", ["scheduler=", "register", "a user's own", "no scheduler"])
+def test_a_scheduler_that_is_saved_and_none_at_all_are_not_told(
+    give: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs in (1, 2):
+        scheduled_run(tmp_path, give=give, epochs=epochs)
+    assert "was not given" not in capsys.readouterr().err
+
+
+def test_of_two_optimizers_the_one_is_told_whose_scheduler_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {name: nn.Linear(1, 1) for name in ("generator", "critic")}
+    optimizers = {name: torch.optim.SGD(one.parameters(), lr=0.1) for name, one in models.items()}
+    schedulers = {name: torch.optim.lr_scheduler.ConstantLR(one) for name, one in optimizers.items()}
+    given = {"critic": schedulers["critic"]}
+    with dt.Run(str(tmp_path), model=models, optimizer=optimizers, scheduler=given) as run:
+        for _ in run.epochs(1):
+            run.step()
+    told = capsys.readouterr().err
+    assert "The optimizer 'generator' has a scheduler that the Run was not given" in told
+    assert "'critic'" not in told

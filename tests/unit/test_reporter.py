@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -225,3 +227,18 @@ def test_other_ranks_say_and_write_nothing(
     assert capsys.readouterr() == ("", "")
     assert caplog.records == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "step", "says"),
+    [
+        ({"train_loss": math.nan, "val": math.inf}, -1, "train_loss, val are not finite at step 4. .* yet. Look at"),
+        ({"loss": math.nan, "lr": 0.1}, 3, "loss is not finite at step 4. .* newest checkpoint is step 3. Keep a good"),
+    ],
+)
+def test_what_is_not_finite_is_told_with_the_newest_checkpoint_or_that_there_is_none(
+    values: dict[str, Any], step: int, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reporter(tmp_path).warn_of_not_finite(values, 4, step)
+    assert re.search(says, caplog.text)
+    assert ("there is no checkpoint yet" in caplog.text) == (step < 0)

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler as lr
 
 from dist_train.differences import Differences
 from dist_train.errors import ConfigError
-from dist_train.schedule import fingerprints
+from dist_train.fingerprints import fingerprints
 from dist_train.state import LiveState
 from tests.support.cycle import open_checkpoint, write_checkpoint
 

@@ -179,7 +179,7 @@ def test_the_scheduler_steps_once_an_update(tmp_path: Path) -> None:
     ready.fit()
     assert ready.scheduler.last_epoch == 10
     rates = [record["lr"] for record in read_metrics(Store(tmp_path)) if record["kind"] == "step"]
-    assert rates == [0.05, 0.05, 0.025, 0.025, 0.025, 0.0125, 0.0125, 0.0125, 0.00625, 0.00625]
+    assert rates == [0.05, 0.05, 0.05, 0.025, 0.025, 0.025, 0.0125, 0.0125, 0.0125, 0.00625]
 
 
 def test_the_scheduler_waits_for_updates_that_amp_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
