@@ -101,27 +101,29 @@ class Restorer:
         return None
 
     def _candidates(self, request: ResumeRequest) -> Json:
-        unread = self._find_unread()
+        own = self._list_patiently()
+        unread = [one for one in own if one.could_not_be_read]
         route = branch.find_route(self._store, self.parents, request, self._attempt)
         self.branch, self._branch_is_new = route.record, route.is_new
         # Of one that cannot be read nobody knows the sequence; gaps mean nothing.
         self.last_sequence = route.last_sequence + (_UNKNOWN_SEQUENCES if unread else 0)
         self.problems += route.notes
-        for one in list_checkpoints(self._store) if request.kind != "branch" else ():
+        for one in own if request.kind != "branch" else ():
             if one.problem is not None and not one.could_not_be_read:
                 self._set_aside(one.path, str(one.problem))
         if unread and not route.candidates:
             raise StorageError(self._unread_message([str(one.problem) for one in unread]))
         return route.candidates
 
-    def _find_unread(self) -> list[Found]:
-        """Checkpoints whose manifest the disk did not give, after some patience: a bad sector at the most.
+    def _list_patiently(self) -> list[Found]:
+        """The run directory's checkpoints; those whose manifest the disk did not give lie on bad sectors at the most.
 
         Raises:
             StorageError: it is the disk's or the process's trouble, and not the checkpoint's.
         """
         for patience in (*_PATIENCE_SECONDS, None):
-            unread = [one for one in list_checkpoints(self._store) if one.could_not_be_read]
+            own = list_checkpoints(self._store)
+            unread = [one for one in own if one.could_not_be_read]
             if not unread or patience is None:
                 break
             time.sleep(patience)
@@ -129,7 +131,7 @@ class Restorer:
         if any(isinstance(cause, OSError) and cause.errno != errno.EIO for cause in causes):
             raise StorageError(self._unread_message([str(one.problem) for one in unread]))
         self.problems += [f"{one.problem} It was left as it is." for one in unread]
-        return unread
+        return own
 
     def _require_read(self) -> None:
         """A run that has checkpoints does not begin anew because the disk has not given them. Equal on all ranks."""
