@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import compare, exchange, keep, look
+from dist_train.commands import compare, exchange, keep, launch, look
 from dist_train.commands.command import refuse
 from dist_train.errors import DistTrainError, ExitCode
 
-_FAMILIES = (look, keep, compare, exchange)
+_FAMILIES = (launch, look, keep, compare, exchange)
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first

@@ -22,7 +22,11 @@ Json = Any
 LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
 """Environment variable: folder for the notes of the worker group's present life; set by `dist-train launch`."""
 
+PROGRESS_SECONDS = 0.25
+"""Between notes of steps that committed nothing."""
+
 _noted: dict[str, Json] = {}
+_progress_at = 0.0
 
 
 def by_dist_train() -> bool:
@@ -48,6 +52,15 @@ def note(**fields: Json) -> None:
     with contextlib.suppress(OSError):  # the launcher may have gone, with its folder
         draft.write_text(json.dumps(body))
         draft.replace(path)
+
+
+def note_progress(global_step: int, committed_step: int) -> None:
+    """Where the run stands: told at once when something was committed, else now and then."""
+    global _progress_at
+    now = time.monotonic()
+    if committed_step != _noted.get("committed_step") or now - _progress_at >= PROGRESS_SECONDS:
+        _progress_at = now
+        note(global_step=global_step, committed_step=committed_step)
 
 
 def note_error(error: BaseException) -> None:
