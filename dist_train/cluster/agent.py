@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -110,7 +110,8 @@ class Agent(SimpleElasticAgent):
         self._attempt += 1
         group: Any = self._worker_group
         with self._signals.interrupting():
-            self._rendezvous(group)
+            if self._attempt == 1 or self._most_nodes > 1:  # alone, nothing can have changed
+                self._rendezvous(group)
             self._serve_master(group)
         peers = self._peers = Peers(self._store_of_attempt(), group.group_rank, group.group_world_size)
         began = time.monotonic()
@@ -160,10 +161,12 @@ class Agent(SimpleElasticAgent):
         group.master_addr, group.master_port = json.loads(bytes(shared.get("master")))
 
     def _store_of_attempt(self) -> Any:
-        """Of this round of the rendezvous; a static one has a single round for ever, and all nodes count alike."""
+        """Of this round of the rendezvous. A static one has a single round for ever, as a machine alone has; there all
+        nodes count alike.
+        """
         group: Any = self._worker_group
-        is_static = group.spec.rdzv_handler.get_backend() == "static"
-        return dist.PrefixStore(f"dist_train/{self._attempt if is_static else 0}", group.store)
+        has_one_round = self._most_nodes == 1 or group.spec.rdzv_handler.get_backend() == "static"
+        return dist.PrefixStore(f"dist_train/{self._attempt if has_one_round else 0}", group.store)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         folder = self._folder.renew(self._attempt)
@@ -196,6 +199,11 @@ class Agent(SimpleElasticAgent):
         return self._workers.start(
             {rank: {k: str(v) for k, v in {**common, **one}.items()} for rank, one in own.items()}
         )
+
+    @contextlib.contextmanager
+    def record_duration(self, state: str) -> Iterator[None]:
+        """Records nothing: each event of torch's looks up the host's full name, which takes seconds without a DNS."""
+        yield
 
     # During an attempt
 

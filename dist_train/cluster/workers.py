@@ -89,9 +89,8 @@ class Workers:
         """Starts the server, which imports while the caller goes on."""
         ours, its = socket.socketpair()
         how = "fork" if self._forks else "fresh"
-        command = boot_command(
-            "dist_train.cluster.fork_server", str(its.fileno()), self._program.to_json(), how, *self._preload
-        )
+        server = "dist_train.cluster.fork_server"
+        command = boot_command(server, self._program, str(its.fileno()), how, *self._preload)
         process = subprocess.Popen(
             command,
             env=dict(self._environment),
