@@ -153,6 +153,8 @@ class BatchFeed:
                 end.end_of_dataloader = self.micro.ends_epoch
                 phases.switch(Phase.DATA)
                 batch = next(batches)
+                if not self.in_window and should_stop():  # alone, and told to leave during the wait
+                    return
                 self._consumed = False
                 moved = move_batch(batch, self._device)
                 phases.switch(Phase.STEP)

@@ -176,13 +176,25 @@ class Reporter:
 
     def time_limit(self, deadline: Deadline, committed_step: int, *, evaluation_pending: bool) -> None:
         """Why the run stopped before its end, what is saved, and how it goes on."""
-        saved = f"the newest checkpoint is step {committed_step}" if committed_step >= 0 else "nothing is saved yet"
-        first = ", which begins with the evaluation that is pending" if evaluation_pending else ""
         advice = "" if deadline.has_stepped else " There was no time for a single step: give max_time more of it."
         self.console.say(
-            f"Time limit: {deadline.why}. In {self._run_dir} {saved}. Run the same command (or notebook) again to go "
-            f"on from there{first}.{advice}"
+            f"Time limit: {deadline.why}. {self._how_to_go_on(committed_step, evaluation_pending)}{advice}"
         )
+
+    def told_to_leave(self, name: str) -> None:
+        """At once, as far as the main thread can; `name` is the signal's."""
+        self.console.end_live()
+        self.console.say(f"{name}: saving at the next step boundary and stopping.")
+
+    def left_early(self, name: str, global_step: int, committed_step: int, *, evaluation_pending: bool) -> None:
+        """As `time_limit`, after a signal."""
+        after = self._how_to_go_on(committed_step, evaluation_pending)
+        self.console.say(f"Stopped by {name} after step {global_step}. {after}")
+
+    def _how_to_go_on(self, committed_step: int, evaluation_pending: bool) -> str:
+        saved = f"the newest checkpoint is step {committed_step}" if committed_step >= 0 else "nothing is saved yet"
+        first = ", which begins with the evaluation that is pending" if evaluation_pending else ""
+        return f"In {self._run_dir} {saved}. Run the same command (or notebook) again to go on from there{first}."
 
     def _report_commit(self, event: Committed) -> None:
         manifest, progress = event.manifest, event.manifest.progress

@@ -31,6 +31,7 @@ from dist_train.checkpoint.writer import Committed
 from dist_train.ending import Ending
 from dist_train.environment import describe_environment
 from dist_train.errors import ConfigError, StopReason
+from dist_train.evaluation import Cut, EvaluationStart
 from dist_train.feed import BatchFeed
 from dist_train.intake import Intake
 from dist_train.monitoring import Monitoring
@@ -106,7 +107,8 @@ class Run(Standing):
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
-        self._monitoring = Monitoring()
+        self._monitoring = Monitoring(self._options, self.world)
+        self._cut = Cut()
         self._join_parts(loader)
         self._entered = self._begun = self._in_epoch = False
 
@@ -117,6 +119,9 @@ class Run(Standing):
             self._feed,
             self._progress,
             should_stop=lambda: self.should_stop,
+            stops_here=self._stops_here,
+            cut=self._cut,
+            is_told=lambda: self._boundary.hear(),
             show_replay=self._reporter.replay,
             drop_window=self._live.drop_gradients,
         )
@@ -132,12 +137,19 @@ class Run(Standing):
             self._reporter,
             snapshot=self._snapshot,
             deadline=make_deadline(self._options.max_time, self._options.time_reserve, is_main=self.world.is_main),
+            preemption=self._monitoring.preemption,
             max_steps=self._options.max_steps,
             on_commit=self._on_commit,
         )
         on_stop = self._callbacks.tell_of_stop
         self._ending = Ending(
-            self._checkpointer, self._boundary, self._progress, self._reporter, self._tracking, on_stop
+            self._checkpointer,
+            self._boundary,
+            self._progress,
+            self._reporter,
+            self._tracking,
+            on_stop,
+            requeue_exit=self._options.requeue_exit,
         )
 
     # Entering and leaving
@@ -214,7 +226,7 @@ class Run(Standing):
         if self._in_epoch:
             raise ConfigError("run.epochs() was called inside its own loop; one loop goes over the epochs of a run.")
         self._begin(count)
-        while self.epochs_completed < count and not self.should_stop:
+        while self.epochs_completed < count and not self._stops_here():
             self._intake.begin_epoch()
             self._beginning.restore_rng(for_good=not self._intake.is_mid_epoch)
             before = self._progress.now
@@ -241,6 +253,8 @@ class Run(Standing):
         # Whatever the loop did at the top of the epoch was done before the kill, too.
         self._beginning.restore_rng(for_good=True)
         yield from batches
+        if self.epoch_is_complete:
+            self._cut.begin(EvaluationStart(self._live))
         phases.switch(Phase.EVALUATION if self.epoch_is_complete else Phase.OTHER)
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -277,6 +291,10 @@ class Run(Standing):
         misuse.require_used_right(entered=self._entered, call="run.end_epoch()")
         if not self.epoch_is_complete:
             return
+        if self._boundary.agree_on_cut(self._cut.is_made):
+            self._give_evaluation_up()
+            return
+        self._cut.end()
         phases.switch(Phase.OTHER)
         values = self._progress.end_epoch(metrics)
         self._intake.end_epoch()
@@ -317,6 +335,17 @@ class Run(Standing):
             self._boundary.wait_for_save()
 
     # Inside the loop
+
+    def _stops_here(self) -> bool:
+        """Between two batches: agreed by all ranks; alone, as soon as it was told to and no window is half done."""
+        return self.should_stop or (not self._feed.in_window and self._boundary.stop_alone())
+
+    def _give_evaluation_up(self) -> None:
+        """A signal has cut it short: it is saved as pending, and the next attempt evaluates."""
+        if self._cut.start is not None:
+            self._cut.start.put_back()
+        self._cut.end()
+        self._reach_boundary(ends_epoch=True)
 
     def _begin(self, count: int) -> None:
         self._reporter.epochs = count

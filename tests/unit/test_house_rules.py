@@ -65,6 +65,7 @@ LEVEL_OF_MODULE = {
     "boundary": PARTS,
     "callbacks": PARTS,
     "ending": PARTS,
+    "evaluation": PARTS,
     "intake": PARTS,
     "misuse": PARTS,
     "monitoring": PARTS,
