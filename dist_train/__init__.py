@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dist_train.checkpoint.policy import CheckpointPolicy
     from dist_train.data import data_loader, evaluation_loader
     from dist_train.errors import DistTrainError, ExitCode, StopReason
+    from dist_train.health.policy import HealthPolicy
     from dist_train.history import read_metrics
     from dist_train.metrics import MAE, SMAPE, Accuracy, EarlyStopping, Mean, Metric
     from dist_train.options import RunOptions
@@ -28,6 +29,7 @@ _HOMES = {
     "DistTrainError": "errors",
     "EarlyStopping": "metrics",
     "ExitCode": "errors",
+    "HealthPolicy": "health.policy",
     "MAE": "metrics",
     "Mean": "metrics",
     "Metric": "metrics",
@@ -53,6 +55,7 @@ __all__ = [
     "DistTrainError",
     "EarlyStopping",
     "ExitCode",
+    "HealthPolicy",
     "Mean",
     "Metric",
     "Run",

@@ -66,6 +66,8 @@ LEVEL_OF_MODULE = {
     "callbacks": PARTS,
     "ending": PARTS,
     "intake": PARTS,
+    "ledger": PARTS,
+    "recovery": PARTS,
     "misuse": PARTS,
     "monitoring": PARTS,
     "standing": PARTS,
