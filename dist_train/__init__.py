@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dist_train.checkpoint.inference import load_model
     from dist_train.checkpoint.policy import CheckpointPolicy
     from dist_train.data import data_loader, evaluation_loader
+    from dist_train.drill.fault_plan import FaultPlan
     from dist_train.errors import DistTrainError, ExitCode, StopReason
     from dist_train.health.policy import HealthPolicy
     from dist_train.history import read_metrics
@@ -29,6 +30,7 @@ _HOMES = {
     "DistTrainError": "errors",
     "EarlyStopping": "metrics",
     "ExitCode": "errors",
+    "FaultPlan": "drill.fault_plan",
     "HealthPolicy": "health.policy",
     "MAE": "metrics",
     "Mean": "metrics",
@@ -55,6 +57,7 @@ __all__ = [
     "DistTrainError",
     "EarlyStopping",
     "ExitCode",
+    "FaultPlan",
     "HealthPolicy",
     "Mean",
     "Metric",
