@@ -61,6 +61,12 @@ class Boundary:
         """Agreed by all ranks."""
         self.stop_wish: StopReason | None = None
         """Of this rank, for the next agreement."""
+        self.why = ""
+        """Of a stop that needs words: a run that has diverged."""
+        self.saves_are_over = False
+        """What is in memory is not to be saved: the run has diverged, or goes back to a checkpoint."""
+        self.is_sound: Callable[[], bool] = lambda: True
+        """Asked before each save; where it is not, `saves_are_over` is set. Collective."""
         self._last_saved_step = -1
         self._last_save_time = 0.0
         self._world = world
@@ -184,8 +190,10 @@ class Boundary:
         self._save_requested, self._wait_requested = True, wait or self._wait_requested
 
     def save(self, reason: str) -> None:
-        """Begins a save now. Collective."""
+        """Begins a save now, unless what would be saved is not sound. Collective."""
         self._save_requested = False
+        if self.saves_are_over or not self.is_sound():
+            return
         self._last_saved_step = self._step
         self._last_save_time = time.monotonic()
         self._deadline.save_begun()
@@ -206,7 +214,7 @@ class Boundary:
             self.wait_for_save()
             mine = [self._checkpointer.committed == self._progress.now, self._checkpointer.must_end]
             done, hopeless = self._world.broadcast(mine, "whether the end is saved")
-            if done or not self._policy.at_end or in_window:
+            if done or not self._policy.at_end or in_window or self.saves_are_over:
                 return
             if hopeless or not tries_left:
                 break

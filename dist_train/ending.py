@@ -70,13 +70,15 @@ class Ending:
         try:
             self._on_stop(self.reason)
             self._boundary.save_end(in_window=in_window)
+            if self._boundary.stop is StopReason.DIVERGED:  # the last save was refused
+                self.reason = StopReason.DIVERGED
         except BaseException as error:
             self._leave_after(error)
             raise
         self._boundary.report(self._checkpointer.close())
         self._tell_launcher()
         self._reporter.events.write("stopped", reason=self.reason, global_step=self._progress.now.global_step)
-        self.write_status(self.reason)
+        self.write_status(self.reason, error=self._boundary.why)
         if self._checkpointer.committed is not None:
             self._tracking.settle(self._checkpointer.committed, at_end=True)
         self._tracking.finish()

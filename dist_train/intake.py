@@ -15,10 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from dist_train import differences
+from dist_train.checkpoint.manifest import Progress
 from dist_train.data import describe_sampler, training_sampler
 from dist_train.errors import ConfigError
 from dist_train.evaluation import Cut
 from dist_train.feed import BatchFeed
+from dist_train.ledger import Window
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
 
@@ -132,6 +134,17 @@ class Intake:
     def has_ended(self) -> bool:
         """Whether the training loader has given its last batch of this epoch."""
         return self.loader is not None and self.epoch_is_complete
+
+    def window_since(self, before: Progress) -> Window | None:
+        """The samples of the update that is just counted, which nobody knows of a run without a training loader."""
+        now = self._progress.now
+        if self._user is not None:
+            first, last = self._feed.window_start, self._user.batches - 1
+            return Window(epoch=now.epoch, first=first, last=last, unit="batches", global_step=now.global_step)
+        if not self._feed.knows_epoch_end:
+            return None
+        first, last = before.samples_into_epoch, now.samples_into_epoch - 1
+        return Window(epoch=now.epoch, first=first, last=last, global_step=now.global_step)
 
     def end_epoch(self) -> None:
         self.epoch_is_complete = False

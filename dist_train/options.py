@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_train.checkpoint.store import Store
 from dist_train.errors import ConfigError
 from dist_train.field_docs import tell_fields
+from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping
 from dist_train.units import parse_seconds
 
@@ -43,6 +44,8 @@ class RunOptions:
     own_gradients: bool = False
     """The loop averages the gradients over the processes by itself: a trained model may then be wrapped by nothing
     that does."""
+    health: HealthPolicy = field(default_factory=HealthPolicy)
+    """What happens where a gradient is not finite, or far larger than usual."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
 

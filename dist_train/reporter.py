@@ -163,6 +163,19 @@ class Reporter:
             )
             self.events.write("not_finite", global_step=global_step, names=wrong)
 
+    def bad_update(self, kind: str, global_step: int, what: str, action: str, where: Mapping[str, Json]) -> None:
+        """An update whose gradient is not finite, or a spike, and what is done about it."""
+        self.console.end_live()
+        self.events.write(kind, global_step=global_step, action=action, **where)
+        if action == "skip" and self._is_main:
+            logger.warning("%s%s. The update was left out; training goes on.", what[0].upper(), what[1:])
+
+    def diverged(self, why: str) -> None:
+        """The run ends as diverged."""
+        self.console.end_live()
+        if self._is_main:
+            logger.error("%s", why)
+
     def status(self, status: str, exit_code: int | None, progress: Progress, attempt: int, error: str = "") -> None:
         """status.json: how the run stands or ended."""
         if not self._is_main:

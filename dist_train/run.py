@@ -39,6 +39,7 @@ from dist_train.options import RunOptions
 from dist_train.phases import Phase, Point
 from dist_train.progress import RunProgress
 from dist_train.rate_meter import RateMeter
+from dist_train.recovery import Recovery
 from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
 from dist_train.standing import Standing
@@ -141,6 +142,17 @@ class Run(Standing):
             max_steps=self._options.max_steps,
             on_commit=self._on_commit,
         )
+        self._recovery = Recovery(
+            self._options.health,
+            self.world,
+            self._live,
+            self._boundary,
+            self._checkpointer,
+            self._progress,
+            self._reporter,
+            own_gradients=self._options.own_gradients,
+        )
+        self._boundary.is_sound = self._recovery.is_sound
         on_stop = self._callbacks.tell_of_stop
         self._ending = Ending(
             self._checkpointer,
@@ -172,6 +184,8 @@ class Run(Standing):
         self._place = misuse.note_open(self.run_dir, self)
         self._boundary.open(self._beginning.saved_step)
         self._rate.open()
+        self._recovery.restore(self._beginning.health, [])
+        self._recovery.open()
         self._monitoring.open(self.run_dir, self.attempt, self.global_step, self._beginning.saved_step)
         self._entered = True
         self._ending.write_status("running")
@@ -182,6 +196,7 @@ class Run(Standing):
     ) -> None:
         self._in_epoch = False
         self._rate.close()
+        self._recovery.close()
         phases.switch(Phase.END)
         try:
             self._ending.leave(error, in_window=self._feed.in_window)
@@ -271,7 +286,10 @@ class Run(Standing):
             return
         phases.switch(Phase.OTHER)
         skipped = self.accelerator is not None and self.accelerator.optimizer_step_was_skipped
+        before = self._progress.now
         self._progress.count_update(micro, skipped=skipped)
+        self._recovery.end_window(self._intake.window_since(before), by_scaler=skipped)
+        self._recovery.judge(all_of_them=micro.ends_epoch)
         phases.tell_step(self.global_step)
         phases.reach(Point.STEP_DONE)
         if self._feed.knows_epoch_end:
@@ -305,6 +323,13 @@ class Run(Standing):
             self._boundary.stop = self._boundary.stop or StopReason.EARLY_STOPPED
         self._callbacks.tell("epoch_end", metrics=self.metrics)
         self._reach_boundary(ends_epoch=True, evaluated=True)
+
+    def tell_norm(self, norm: torch.Tensor | float) -> None:
+        """Before the optimizer steps, where the loop clips: the norm of its gradients before that.
+
+        A spike is judged by it (see `HealthPolicy`); what clipping has left is never one.
+        """
+        self._recovery.guard.tell_norm(norm)
 
     def evaluation(self, name: str | None = None) -> AbstractContextManager[nn.Module]:
         """A model, unwrapped, in eval mode, with the main rank's buffers and without gradients. Collective.
@@ -372,7 +397,8 @@ class Run(Standing):
         values = self._progress.log_step(self._rate.of_update())
         self._tracking.add(self.global_step, values)
         self._reporter.loss = values["loss"]
-        self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
+        if not self._boundary.saves_are_over:
+            self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
 
     def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
@@ -398,6 +424,7 @@ class Run(Standing):
         self._watch.require_unchanged()
         capture = self._live.capture()
         capture.rank_state.update(self._intake.capture())
+        capture.state["health"] = self._recovery.capture()
         return capture, self._progress.draft(reason, self._settings(), self._environment)
 
     def _settings(self) -> dict[str, Json]:

@@ -67,6 +67,8 @@ LEVEL_OF_MODULE = {
     "ending": PARTS,
     "evaluation": PARTS,
     "intake": PARTS,
+    "ledger": PARTS,
+    "recovery": PARTS,
     "misuse": PARTS,
     "monitoring": PARTS,
     "standing": PARTS,
