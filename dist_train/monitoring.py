@@ -22,10 +22,10 @@ class Monitoring:
 
     def __init__(self, checkpointer: Checkpointer, reporter: Reporter) -> None:
         self._checkpointer = checkpointer
-        is_main = checkpointer.world.is_main
-        self.ledger = TimeLedger(checkpointer.store, reporter.events) if is_main else None
+        self.ledger: TimeLedger | None = None
         """The account of this attempt's time; the main rank's."""
-        if self.ledger is not None:
+        if checkpointer.world.is_main:
+            self.ledger = TimeLedger(checkpointer.store, reporter.events, is_lost=lambda: checkpointer.is_lost)
             checkpointer.on_beat(self.ledger.beat)
             reporter.spent_at = self.ledger.committed
 
@@ -49,5 +49,5 @@ class Monitoring:
     def close(self) -> None:
         """Nothing is watched any more."""
         if self.ledger is not None:
-            self.ledger.close(self._checkpointer.attempt, is_lost=self._checkpointer.is_lost)
+            self.ledger.close(self._checkpointer.attempt)
         phases.switch(Phase.OUTSIDE)

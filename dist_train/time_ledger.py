@@ -52,6 +52,7 @@ class TimeLedger:
     """The account of one attempt; only the main rank keeps one. `enter`, `open` and `close` are called in this order.
 
     Args:
+        is_lost: whether a newer attempt owns the directory: it has told of this one, which writes nothing more.
         clock: nanoseconds, monotonic.
         wall: seconds since 1970; read once, to place the attempt among the others.
         age: seconds since this process was made.
@@ -66,6 +67,7 @@ class TimeLedger:
         store: Store,
         events: EventLog,
         *,
+        is_lost: Callable[[], bool] = lambda: False,
         clock: Callable[[], int] = time.monotonic_ns,
         wall: Callable[[], float] = time.time,
         age: Callable[[], float] | None = None,
@@ -73,6 +75,7 @@ class TimeLedger:
     ) -> None:
         self._store = store
         self._events = events
+        self._is_lost = is_lost
         self._clock = clock
         self._wall = wall
         self._age = age or process_age
@@ -115,27 +118,23 @@ class TimeLedger:
         self._attempt = attempt
         self._record["resumed"] = resumed
         self._committed_step = -1 if resumed["attempt"] is None else resumed["global_step"]
-        self.beat(attempt)
+        self._beat_if_held()
         for number, record in read_pulses(self._store).items():
             if number < attempt:
                 self._close(number, record)
 
     def beat(self, attempt: int) -> None:
-        """A sign of life; in any thread."""
+        """A sign of life, of an attempt that holds the directory; in any thread."""
         body = json.dumps({"attempt": attempt, **self._told()})
         with contextlib.suppress(OSError):  # a full disk costs the account seconds, not the run
             self._store.replace(_pulse(attempt), body.encode(), durable=False)
 
-    def close(self, attempt: int, *, is_lost: bool) -> None:
-        """The attempt has ended.
-
-        Args:
-            is_lost: a newer one owns the directory, and has told of this one.
-        """
+    def close(self, attempt: int) -> None:
+        """The attempt has ended; 0 has never begun."""
         for stop in self._stops:
             stop()
         self._stops = []
-        if attempt and self._record and not is_lost:
+        if attempt and self._record and not self._is_lost():
             own = {"event": "time", "attempt": attempt, **self._told()}
             self._close(attempt, {**own, "run": _summary(fold_time([*read_events(self._store), own]))})
         self._record = {}
@@ -176,8 +175,12 @@ class TimeLedger:
         elif now is Phase.CAPTURE:
             mark = {"global_step": phases.global_step(), "buckets": self._told_buckets()}
             self._marks = [*self._marks, mark][-_MOST_MARKS:]
-        if before is Phase.CAPTURE and self._attempt:
-            self.beat(self._attempt)  # a kill after the commit and before the next beat must not hide where it was
+        if before is Phase.CAPTURE:
+            self._beat_if_held()  # a kill after the commit and before the next beat must not hide where it was
+
+    def _beat_if_held(self) -> None:
+        if self._attempt and not self._is_lost():
+            self.beat(self._attempt)
 
     def _notice_first_step(self, point: Point) -> None:
         if self._first_step is None and point is Point.STEP_DONE:

@@ -100,7 +100,7 @@ def test_every_moment_is_in_one_bucket(store: Store) -> None:
     with phases.within(Phase.SAVE_WAIT):
         clock.wait(0.3)
     spend(clock, Phase.END, 0.0625)
-    ledger.close(1, is_lost=False)
+    ledger.close(1)
     run = time_of(store)
     assert seconds_of(run) == pytest.approx(
         {
@@ -130,7 +130,7 @@ def test_a_pulse_adds_up_at_every_moment(store: Store) -> None:
         ledger.beat(1)
         pulse = read_pulses(store)[1]
         assert math.fsum(pulse["buckets"].values()) == pytest.approx((clock.now - 1e12) / 1e9 + 2.0, abs=1e-5)
-    ledger.close(1, is_lost=False)
+    ledger.close(1)
 
 
 def test_a_further_run_of_a_process_counts_from_where_it_was_made(store: Store) -> None:
@@ -140,7 +140,7 @@ def test_a_further_run_of_a_process_counts_from_where_it_was_made(store: Store) 
         ledger.enter()
         ledger.open(attempt, FRESH)
         train(clock, 1)
-        ledger.close(attempt, is_lost=False)
+        ledger.close(attempt)
         clock.wait(100)
     assert [one.buckets["start_up"] / MICRO for one in time_of(store).attempts] == [60.0, 0.0]
 
@@ -150,15 +150,20 @@ def test_a_notebook_s_kernel_is_no_start_up(store: Store, monkeypatch: pytest.Mo
     ledger = ledger_of(store, Clock(), age=7200.0)
     ledger.enter()
     ledger.open(1, FRESH)
-    ledger.close(1, is_lost=False)
+    ledger.close(1)
     assert time_of(store).buckets["start_up"] == 0
 
 
 def test_a_replaced_attempt_tells_nothing_more(store: Store) -> None:
-    ledger = ledger_of(store, Clock())
+    clock, lost = Clock(), False
+    ledger = TimeLedger(store, EventLog(store), is_lost=lambda: lost, clock=clock)
     ledger.enter()
     ledger.open(1, FRESH)
-    ledger.close(1, is_lost=True)
+    pulse = read_pulses(store)
+    lost = True
+    save(clock)
+    ledger.close(1)
+    assert read_pulses(store) == pulse
     assert read_events(store) == []
 
 
@@ -166,7 +171,7 @@ def test_nothing_is_listened_to_after_the_end(store: Store) -> None:
     ledger = ledger_of(store, Clock())
     ledger.enter()
     assert phases._place.changes
-    ledger.close(0, is_lost=False)
+    ledger.close(0)
     assert not phases._place.changes
     assert not phases._place.points
     assert read_events(store) == [], "it never had the directory"
@@ -187,7 +192,7 @@ def test_a_full_disk_costs_no_training_and_keeps_the_pulse(tmp_path: Path) -> No
     train(clock, 2)
     ledger.beat(1)
     full = True
-    ledger.close(1, is_lost=False)
+    ledger.close(1)
     assert list(read_pulses(store)) == [1]
     assert time_of(store).buckets["productive"] == 2 * MICRO
 
@@ -296,7 +301,7 @@ def test_a_rollback_in_the_same_process_is_lost_work(store: Store) -> None:
     ledger.rolled_back(1, 4)
     phases.tell_step(4)
     train(clock, 2)
-    ledger.close(1, is_lost=False)
+    ledger.close(1)
     run = time_of(store)
     assert (run.attempts[0].lost_steps, run.attempts[0].rollbacks) == (3, 1)
     assert run.buckets["productive"] / MICRO == pytest.approx(6.0)
