@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dist_train import differences
+from dist_train import differences, phases
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.resume import ResumeRequest, relabelled
 from dist_train.checkpoint.store import Store
 from dist_train.console import ByteMeter, set_up_logging, tell_long_work
 from dist_train.errors import StateMismatchError
+from dist_train.phases import Phase
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.rng import restore_rng
@@ -81,11 +82,12 @@ class Beginning:
         attempt = self._checkpointer.attempt
         set_up_logging(self._world.rank, self._world.world_size, attempt)
         self._reporter.events.attempt = attempt
-        self.opened = self._checkpointer.restore(resume)
         self._again = relabelled(resume) if ResumeRequest.parse(resume).kind == "branch" else ""
-        if self.opened:
-            self._restore(self.opened, environment)
-        else:
+        with phases.within(Phase.LOAD):
+            self.opened = self._checkpointer.restore(resume)
+            if self.opened:
+                self._restore(self.opened, environment)
+        if self.opened is None:
             self._progress.start_fresh(attempt)
             self._reporter.events.write("started", world_size=self._world.world_size, environment=environment)
             differences.warn_of_inexact_device(device)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from dist_train import launched, phases
 from dist_train.agreement import Agreed, Agreement
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed
 from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
 from dist_train.health.deadline import Deadline, session_start
+from dist_train.phases import Phase
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.state import Capture
@@ -147,13 +149,15 @@ class Boundary:
         self._last_saved_step = self._step
         self._last_save_time = time.monotonic()
         self._deadline.save_begun()
-        capture, draft = self._snapshot(reason)
-        stall = self._checkpointer.save(capture, draft)
+        with phases.within(Phase.CAPTURE):
+            capture, draft = self._snapshot(reason)
+            stall = self._checkpointer.save(capture, draft)
         if stall is not None:
             self._reporter.note_stall(self._step, stall)
 
     def wait_for_save(self) -> None:
-        self._checkpointer.wait()
+        with phases.within(Phase.SAVE_WAIT):
+            self._checkpointer.wait()
         self.report(self._checkpointer.poll())
 
     def save_end(self, *, in_window: bool) -> None:
@@ -178,7 +182,9 @@ class Boundary:
         """Tells people and the run what the writer has done."""
         for event in events:
             if isinstance(event, Committed):
-                self._deadline.save_ended(self._reporter.stall_of(event) + event.seconds)
+                seconds = self._reporter.stall_of(event) + event.seconds
+                self._deadline.save_ended(seconds)
+                launched.note(save_seconds=seconds)
             elif isinstance(event, SaveFailed):
                 self._deadline.save_ended()
         keeper = self._checkpointer
@@ -208,6 +214,7 @@ class Boundary:
         )
         self.stop = self.stop or agreed.stop
         self._committed_step = agreed.committed_step
+        launched.note(committed_step=self.committed_step)
         return agreed
 
     def _time_is_up(self) -> bool:

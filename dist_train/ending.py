@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dist_train import launched
 from dist_train.boundary import Boundary
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.errors import EXIT_CODES, RunInUseError, StopReason
@@ -63,6 +64,7 @@ class Ending:
             self._leave_after(error)
             raise
         self._boundary.report(self._checkpointer.close())
+        self._tell_launcher()
         self._reporter.events.write("stopped", reason=self.reason, global_step=self._progress.now.global_step)
         self.write_status(self.reason)
         if self._checkpointer.committed is not None:
@@ -74,12 +76,18 @@ class Ending:
     def _leave_after(self, error: BaseException) -> None:
         """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
         self.reason = StopReason.INTERRUPTED if isinstance(error, KeyboardInterrupt) else StopReason.ERROR
+        launched.note_error(error)
         self._boundary.report(self._checkpointer.close(failed=True), after_error=True)
+        self._tell_launcher()
         if not isinstance(error, RunInUseError):
             step = self._progress.now.global_step
             self._reporter.events.write("stopped", reason=self.reason, global_step=step, error=_one_line(error))
             self.write_status(self.reason, error=_one_line(error))
         self._tracking.finish()
+
+    def _tell_launcher(self) -> None:
+        step, committed = self._progress.now.global_step, self._boundary.committed_step
+        launched.note(outcome=self.reason, global_step=step, committed_step=committed)
 
     def write_status(self, status: str, error: str = "") -> None:
         """status.json: `running`, or the reason of the end."""

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from dist_train import phases
 from dist_train.data import move_batch
 from dist_train.errors import ConfigError
 from dist_train.order import EpochLayout, MicroBatch
+from dist_train.phases import Phase
 from dist_train.user_loader import UserLoader
 
 _LONE_UPDATE = MicroBatch(
@@ -120,6 +122,7 @@ class BatchFeed:
         with self._epoch_end() as end:
             # The end is asked for even when a stop is known: what comes after it must not depend on when it came.
             while user.batches == self._length or not should_stop():
+                phases.switch(Phase.DATA)
                 try:
                     batch = next(batches)
                 except StopIteration:
@@ -132,7 +135,9 @@ class BatchFeed:
                 weight, ends_epoch = steps / in_window, end.end_of_dataloader
                 self.micro = replace(_LONE_UPDATE, start=index, stop=index + 1, weight=weight, ends_epoch=ends_epoch)
                 self._consumed = False
-                yield move_batch(batch, self._device)
+                moved = move_batch(batch, self._device)
+                phases.switch(Phase.STEP)
+                yield moved
                 self._require_consumed()
 
     @property
@@ -146,9 +151,12 @@ class BatchFeed:
                     return
                 self.micro = self._weighed(layout.micro_batch(micro_step, self._rank), layout)
                 end.end_of_dataloader = self.micro.ends_epoch
+                phases.switch(Phase.DATA)
                 batch = next(batches)
                 self._consumed = False
-                yield move_batch(batch, self._device)
+                moved = move_batch(batch, self._device)
+                phases.switch(Phase.STEP)
+                yield moved
                 self._require_consumed()
 
     def _weighed(self, micro: MicroBatch, layout: EpochLayout) -> MicroBatch:

@@ -21,7 +21,7 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from dist_train import misuse
+from dist_train import launched, misuse, phases
 from dist_train.beginning import Beginning
 from dist_train.boundary import Boundary, make_deadline
 from dist_train.callbacks import Callback, Callbacks, has_state, name_of
@@ -33,11 +33,14 @@ from dist_train.environment import describe_environment
 from dist_train.errors import ConfigError, StopReason
 from dist_train.feed import BatchFeed
 from dist_train.intake import Intake
+from dist_train.monitoring import Monitoring
 from dist_train.options import RunOptions
+from dist_train.phases import Phase, Point
 from dist_train.progress import RunProgress
 from dist_train.rate_meter import RateMeter
 from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
+from dist_train.standing import Standing
 from dist_train.state import Capture, LiveState, Stateful, by_name
 from dist_train.tracking import Tracking
 from dist_train.tree import encode
@@ -46,7 +49,7 @@ from dist_train.world import World, current_world
 Json = Any
 
 
-class Run:
+class Run(Standing):
     """One attempt of a run, as a context manager. Construction, entry and every method but properties are collective.
 
     Args:
@@ -103,6 +106,7 @@ class Run:
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
+        self._monitoring = Monitoring()
         self._join_parts(loader)
         self._entered = self._begun = self._in_epoch = False
 
@@ -136,87 +140,6 @@ class Run:
             self._checkpointer, self._boundary, self._progress, self._reporter, self._tracking, on_stop
         )
 
-    # What a loop may ask
-
-    @property
-    def global_step(self) -> int:
-        """Completed optimizer updates."""
-        return self._progress.now.global_step
-
-    @property
-    def epoch(self) -> int:
-        """0-based index of the pass in progress."""
-        return self._progress.now.epoch
-
-    @property
-    def attempt(self) -> int:
-        """Number of this life of the run, from 1."""
-        return self._checkpointer.attempt
-
-    @property
-    def epochs_completed(self) -> int:
-        """Passes finished."""
-        return self._progress.now.epochs_completed
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Of the last evaluation."""
-        return dict(self._progress.metrics)
-
-    @property
-    def best(self) -> float | None:
-        """Best value of the monitored metric so far."""
-        return self._progress.best.value if self._progress.best else None
-
-    @property
-    def committed_step(self) -> int:
-        """Step of the newest durable checkpoint, -1 before the first; as of the last agreement on other ranks."""
-        return self._boundary.committed_step
-
-    @property
-    def resumed_from(self) -> str | None:
-        """Path of the checkpoint that this attempt goes on from; None is a fresh start."""
-        return self._beginning.resumed_from
-
-    @property
-    def epoch_is_complete(self) -> bool:
-        """Whether every batch of the epoch is trained on, and its evaluation is what remains."""
-        return self._intake.epoch_is_complete
-
-    @property
-    def should_stop(self) -> bool:
-        """Agreed by all ranks at a step boundary."""
-        return self._boundary.stop is not None
-
-    @property
-    def loss_weight(self) -> float:
-        """Multiply the micro-batch's mean loss by it: 1 but for short windows and uneven shares; without Accelerate,
-        whose `backward` divides by the accumulation, the micro-batch's share of its window."""
-        return self._feed.micro.weight
-
-    @property
-    def updates_now(self) -> bool:
-        """Whether the batch at hand ends its window: the optimizer steps now (with Accelerate: `sync_gradients`)."""
-        return self._feed.ends_window
-
-    @property
-    def exit_code(self) -> int:
-        """For `sys.exit`."""
-        return self._ending.exit_code
-
-    @property
-    def reason(self) -> StopReason | None:
-        """Why the run ended, None before it has."""
-        return self._ending.reason
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are moved to."""
-        if self.accelerator is not None:
-            return torch.device(self.accelerator.device)
-        devices = (parameter.device for model in self._models.values() for parameter in model.parameters())
-        return next(devices, torch.device("cpu"))
-
     # Entering and leaving
 
     def __enter__(self) -> Self:
@@ -230,12 +153,14 @@ class Run:
             self._tracking.start(
                 self._checkpointer.run_id, self._progress.now, self._config, self._beginning.origin_of_run
             )
-        except BaseException:
+        except BaseException as error:
+            launched.note_error(error)
             self._checkpointer.close(failed=True)
             raise
         self._place = misuse.note_open(self.run_dir, self)
         self._boundary.open(self._beginning.saved_step)
         self._rate.open()
+        self._monitoring.open(self.run_dir, self.attempt, self.global_step, self._beginning.saved_step)
         self._entered = True
         self._ending.write_status("running")
         return self
@@ -245,7 +170,11 @@ class Run:
     ) -> None:
         self._in_epoch = False
         self._rate.close()
-        self._ending.leave(error, in_window=self._feed.in_window)
+        phases.switch(Phase.END)
+        try:
+            self._ending.leave(error, in_window=self._feed.in_window)
+        finally:
+            self._monitoring.close()
 
     def register(self, name: str, one: Stateful) -> None:
         """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
@@ -312,6 +241,7 @@ class Run:
         # Whatever the loop did at the top of the epoch was done before the kill, too.
         self._beginning.restore_rng(for_good=True)
         yield from batches
+        phases.switch(Phase.EVALUATION if self.epoch_is_complete else Phase.OTHER)
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """After each micro-batch. Counts; at an update's end agrees with the other ranks and saves when due.
@@ -325,8 +255,11 @@ class Run:
             self._progress.meter.add(loss, micro.num_samples)
         if self._feed.in_window:
             return
+        phases.switch(Phase.OTHER)
         skipped = self.accelerator is not None and self.accelerator.optimizer_step_was_skipped
         self._progress.count_update(micro, skipped=skipped)
+        phases.tell_step(self.global_step)
+        phases.reach(Point.STEP_DONE)
         if self._feed.knows_epoch_end:
             self._intake.epoch_is_complete = micro.ends_epoch
         if not skipped and self.global_step % self._options.log_every_steps == 0:
@@ -334,6 +267,7 @@ class Run:
         self._reporter.step(self.epoch, self.global_step, self._feed.share_of_epoch, self._checkpointer.writing)
         self._callbacks.tell("step")
         self._reach_boundary(ends_epoch=micro.ends_epoch)
+        phases.switch(Phase.OTHER if self._feed.needs_batch else Phase.STEP)
 
     def end_epoch(self, **metrics: float) -> None:
         """After the epoch's last batch and its evaluation. Does nothing when a stop cut the epoch short.
@@ -343,6 +277,7 @@ class Run:
         misuse.require_used_right(entered=self._entered, call="run.end_epoch()")
         if not self.epoch_is_complete:
             return
+        phases.switch(Phase.OTHER)
         values = self._progress.end_epoch(metrics)
         self._intake.end_epoch()
         self._tracking.add(self.global_step, values)

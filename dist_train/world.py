@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train import errors
+from dist_train import errors, phases
 from dist_train.errors import ConfigError, DeadlineError, DisagreementError, DistTrainError, LauncherLostError
 from dist_train.joining import JOIN_TIMEOUT_SECONDS, join
+from dist_train.phases import Phase
 
 Json = Any
 CONTROL_TIMEOUT_SECONDS = 1800.0
@@ -315,6 +316,13 @@ def init_distributed(timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or world_size < 2 or "RANK" not in os.environ:
         return
+    with phases.within(Phase.RENDEZVOUS):
+        _make_group(world_size, timeout_seconds)
+    _group_is_ours = True
+    atexit.register(_destroy_process_group)
+
+
+def _make_group(world_size: int, timeout_seconds: float) -> None:
     rank = int(os.environ["RANK"])
     store = _connect_store(rank, world_size)
     generation = join(store, rank, world_size)
@@ -332,8 +340,6 @@ def init_distributed(timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    _group_is_ours = True
-    atexit.register(_destroy_process_group)
 
 
 _group_is_ours = False

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dist_train import phases
 from dist_train.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST_NAME,
@@ -37,6 +38,7 @@ from dist_train.checkpoint.tensor_file import DTYPES
 from dist_train.checkpoint.trash import discard
 from dist_train.checkpoint.verify import RunningDigest
 from dist_train.errors import DeadlineError, DistTrainError, LauncherLostError, RunInUseError
+from dist_train.phases import Point
 from dist_train.world import Mailbox, World
 
 logger = logging.getLogger(__name__)
@@ -225,12 +227,15 @@ class Writer:
         started = time.monotonic()
         step = parse_step_name(job.target)
         self.writing = writing = Writing(global_step=step or 0, total=job.plan.num_bytes, started=started)
+        phases.reach(Point.WRITING)
         receipt = write_shards(self._store, job, writing.add)
         if job.manifest is None:
             return self._send(job, receipt)
         try:
             receipts = [receipt, *self._collect(job)]
+            phases.reach(Point.BEFORE_COMMIT)
             manifest = commit(self._store, self._ownership, job, receipts)
+            phases.reach(Point.AFTER_COMMIT)
             done = Committed(path=f"{CHECKPOINTS}/{job.target}", manifest=manifest, seconds=time.monotonic() - started)
         except (OSError, DistTrainError) as error:
             discard(self._store, job.staging)
@@ -239,6 +244,7 @@ class Writer:
             step = job.manifest.progress.global_step
             return [SaveFailed(global_step=step, message=describe_error(error), out_of_space=full, fatal=fatal)]
         self._events.put(done)  # told before retention, which may take long
+        phases.reach(Point.RETENTION)
         try:
             return self._after_commit(done)
         except OSError as error:

@@ -27,6 +27,8 @@ LEVEL_OF_MODULE = {
     "units": GROUND,
     "world": GROUND,
     "joining": GROUND,
+    "phases": GROUND,
+    "launched": GROUND,
     "checkpoint.manifest": GROUND,
     "checkpoint.store": GROUND,
     "checkpoint.catalog": GROUND,  # the one definition of "committed", which resume and retention share
@@ -65,6 +67,8 @@ LEVEL_OF_MODULE = {
     "ending": PARTS,
     "intake": PARTS,
     "misuse": PARTS,
+    "monitoring": PARTS,
+    "standing": PARTS,
     "user_loader": PARTS,
     "run": RUN,
     "trainer": TRAINER,
@@ -74,10 +78,23 @@ LEVEL_OF_MODULE = {
 }
 LEVEL_OF_ROOM = {"checkpoint": PARTS, "health": PARTS, "cluster": PARTS, "drill": TOP, "commands": TOP}
 NOT_FOR_TRAINING_CODE = {"cluster", "drill"}
-CLI_MAY_IMPORT = {"errors", "units", "console", "history", "checkpoint", "cluster", "drill", "cli", "commands"}
+CLI_MAY_IMPORT = {
+    "errors",
+    "units",
+    "launched",
+    "console",
+    "history",
+    "checkpoint",
+    "cluster",
+    "drill",
+    "cli",
+    "commands",
+}
 
 STDLIB_ONLY = [
     "errors",
+    "phases",
+    "launched",
     "checkpoint.manifest",
     "checkpoint.store",
     "checkpoint.catalog",

@@ -1,0 +1,47 @@
+"""A process that is to leave does leave: when it hangs on its way out, its stacks are shown and it is ended.
+
+Invariant: what is armed is either cancelled or ends the process; ending it runs no further Python, because whatever
+hangs may hold any lock. It saves nothing: whoever arms it has given the save its time.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+from dist_train.console import print_text
+
+Leave = Callable[[int], object]
+
+
+class Departure:
+    """An end at a certain time. `leave` is `os._exit`, but in tests."""
+
+    def __init__(self, seconds: float, why: str, exit_code: int, leave: Leave = os._exit) -> None:
+        self._why = why
+        self._seconds = seconds
+        self._exit_code = exit_code
+        self._leave = leave
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._timer.name = "dist_train-departure"
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """It has left by itself, or need not."""
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        rank = os.environ.get("RANK", "0")
+        print_text(f"Rank {rank} did not end within {self._seconds:.0f} s ({self._why}): ended now.", error=True)
+        with open(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w") as stream:
+            faulthandler.dump_traceback(stream, all_threads=True)
+        self._leave(self._exit_code)
+
+
+def leave_by(seconds: float, why: str, exit_code: int) -> Departure:
+    """Ends this process after `seconds`, whatever it then hangs in, unless the returned one is cancelled."""
+    return Departure(seconds, why, exit_code)

@@ -1,0 +1,84 @@
+"""What a worker tells the launcher that started it, through a small file a rank.
+
+    worker: note(committed_step=400) -> DIST_TRAIN_LAUNCH_DIR/rank-0.json -> launcher: read_notes(folder)
+
+Invariant: a note is replaced whole, so that a reader sees the last one or the one before; where nobody asked for notes
+nothing is written. They live as long as the worker group and are no part of the run: losing them loses no training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from dist_train import errors
+
+Json = Any
+LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
+"""Environment variable: folder for the notes of the worker group's present life; set by `dist-train launch`."""
+
+_noted: dict[str, Json] = {}
+
+
+def by_dist_train() -> bool:
+    """Whether `dist-train launch` started this process: it reads exit codes by their meaning."""
+    return LAUNCH_DIR in os.environ
+
+
+def by_elastic() -> bool:
+    """Whether torchrun's agent did, or one that stands on it: it restarts on every exit code but 0."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def note(**fields: Json) -> None:
+    """Adds to this rank's note: begun, run_dir, attempt, global_step, committed_step, save_seconds, outcome, error."""
+    folder = os.environ.get(LAUNCH_DIR)
+    if folder is None or all(_noted.get(key) == value for key, value in fields.items()):
+        return
+    _noted.update(fields)
+    rank = os.environ.get("RANK", "0")
+    body = {**_noted, "pid": os.getpid(), "rank": int(rank), "at": time.time()}
+    path = Path(folder, f"rank-{rank}.json")
+    draft = path.with_suffix(".tmp")
+    with contextlib.suppress(OSError):  # the launcher may have gone, with its folder
+        draft.write_text(json.dumps(body))
+        draft.replace(path)
+
+
+def note_error(error: BaseException) -> None:
+    """Why this rank ends: whether it only lost the others, and whether another start could help."""
+    note(
+        error={
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+            "secondary": isinstance(error, (errors.DeadlineError, errors.LauncherLostError)),
+            "final": isinstance(error, _FINAL) or (isinstance(error, SystemExit) and error.code == 2),
+        }
+    )
+
+
+_FINAL = (
+    errors.ConfigError,
+    errors.StateMismatchError,
+    errors.FormatVersionError,
+    errors.UnsaveableStateError,
+    SyntaxError,
+    ImportError,
+)
+"""Mistakes of the script or its settings: the next start would make them, too."""
+
+
+def read_notes(folder: str | os.PathLike[str]) -> dict[int, dict[str, Json]]:
+    """The notes of this node's ranks; a rank that said nothing is absent."""
+    notes: dict[int, dict[str, Json]] = {}
+    for path in Path(folder).glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(path.read_text())
+            notes[int(found["rank"])] = found
+    return notes
