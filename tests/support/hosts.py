@@ -68,10 +68,10 @@ class Host:
 
     def boot(self) -> None:
         """After `kill`: the same machine with no process but its first, and other process ids."""
+        inside = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._namespace]
         unshare = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
         self._init = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._namespace, *unshare]
-            + ["sh", "-c", _INIT, "init", str(self._names), self.name],
+            [*inside, *unshare, "sh", "-c", _INIT, "init", str(self._names), self.name],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -107,12 +107,27 @@ class Host:
             self._init.communicate(timeout=20)
             self._init = None
 
+    def pause(self) -> None:
+        """Every process but the first stands still, as all of a machine does whose hypervisor has paused it. Its
+        kernel, which is ours, still answers: `cut` it first.
+        """
+        self._signal(signal.SIGSTOP)
+
+    def unpause(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def cut(self) -> None:
         """Unplugged at the switch: frames vanish, and no interface of any host says so."""
         _ip("-n", self._switch, "link", "set", self._port, "nomaster")
 
     def mend(self) -> None:
         _ip("-n", self._switch, "link", "set", self._port, "master", "bridge")
+
+    def _signal(self, what: signal.Signals) -> None:
+        for pid in self.pids():
+            if pid not in (self._init.pid if self._init else 0, self._first_process()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, what)
 
     def _inside(self, command: Sequence[str]) -> list[str]:
         first = self._first_process()
