@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dist_train.checkpoint.inference import load_model
     from dist_train.checkpoint.policy import CheckpointPolicy
     from dist_train.data import data_loader, evaluation_loader
+    from dist_train.drill.fault_plan import FaultPlan
     from dist_train.errors import DistTrainError, ExitCode, StopReason
     from dist_train.history import read_metrics
     from dist_train.metrics import MAE, SMAPE, Accuracy, EarlyStopping, Mean, Metric
@@ -28,6 +29,7 @@ _HOMES = {
     "DistTrainError": "errors",
     "EarlyStopping": "metrics",
     "ExitCode": "errors",
+    "FaultPlan": "drill.fault_plan",
     "MAE": "metrics",
     "Mean": "metrics",
     "Metric": "metrics",
@@ -53,6 +55,7 @@ __all__ = [
     "DistTrainError",
     "EarlyStopping",
     "ExitCode",
+    "FaultPlan",
     "Mean",
     "Metric",
     "Run",
