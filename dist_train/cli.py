@@ -13,17 +13,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import compare, drill, exchange, keep, look
-from dist_train.commands.command import refuse
-from dist_train.errors import DistTrainError, ExitCode
-
-_FAMILIES = (look, keep, compare, exchange, drill)
+from dist_train.commands import compare, drill, exchange, keep, look, report
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first
   dist-train show runs/ultra                      the run and its newest checkpoint
   dist-train show runs/ultra --checkpoint best    the one with the best metric
   dist-train show runs/ultra --plot               a picture of loss and metrics, ultra.png
+  dist-train report runs/ultra                    where its time went, and why it restarted
   dist-train verify runs/ultra                    read every byte, name what is wrong
   dist-train prune runs/ultra                     what the policy would delete
   dist-train pin runs/ultra best                  never delete this one
