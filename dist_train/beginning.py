@@ -65,6 +65,11 @@ class Beginning:
         return self.opened.manifest.rank_state if self.opened else []
 
     @property
+    def health(self) -> Json:
+        """What the checkpoint holds of gradients and the skip ledger, None where it holds nothing."""
+        return self.opened.manifest.state.get("health") if self.opened else None
+
+    @property
     def saved_step(self) -> int:
         """The step that this run directory holds already, -1 where there is none."""
         here = self.opened is not None and self.opened.origin is self._store

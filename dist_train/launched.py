@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import errors
+from dist_train.errors import EXIT_CODES, ExitCode, StopReason
 
 Json = Any
 LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
@@ -35,6 +36,23 @@ def by_elastic() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def exit_code(reason: StopReason, *, requeue: bool = False) -> int:
+    """What a run that ended so tells whoever started it.
+
+    Plain torchrun restarts on every code but 0: there, what is to stay stopped is 0, and status.json says why. Not so
+    an interruption: its agent was interrupted, too, and restarts nothing.
+
+    Args:
+        requeue: a run that only ran out of time ends with REQUEUE, for a scheduler that starts it again.
+    """
+    restarts_on_any = by_elastic() and not by_dist_train()
+    if reason in (StopReason.PREEMPTED, StopReason.TIME_LIMIT) and requeue and not restarts_on_any:
+        return int(ExitCode.REQUEUE)
+    if reason is StopReason.DIVERGED and restarts_on_any:
+        return int(ExitCode.OK)
+    return int(EXIT_CODES[reason])
+
+
 def note(**fields: Json) -> None:
     """Adds to this rank's note: begun, run_dir, attempt, global_step, committed_step, save_seconds, outcome, error."""
     folder = os.environ.get(LAUNCH_DIR)
@@ -50,14 +68,14 @@ def note(**fields: Json) -> None:
         draft.replace(path)
 
 
-def note_error(error: BaseException) -> None:
+def note_error(error: BaseException, *, secondary: bool = False) -> None:
     """Why this rank ends: whether it only lost the others, and whether another start could help."""
     note(
         error={
             "type": type(error).__name__,
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error)),
-            "secondary": isinstance(error, (errors.DeadlineError, errors.LauncherLostError)),
+            "secondary": secondary or isinstance(error, (errors.DeadlineError, errors.LauncherLostError)),
             "final": isinstance(error, _FINAL) or (isinstance(error, SystemExit) and error.code == 2),
         }
     )

@@ -12,15 +12,20 @@ from __future__ import annotations
 from dist_train import launched, phases
 from dist_train.beginning import Beginning
 from dist_train.checkpoint.checkpointer import Checkpointer
+from dist_train.health.preemption import Preemption
+from dist_train.options import RunOptions
 from dist_train.phases import Phase
 from dist_train.reporter import Reporter
 from dist_train.time_ledger import TimeLedger
+from dist_train.units import parse_seconds
 
 
 class Monitoring:
     """The watchers of one run."""
 
-    def __init__(self, checkpointer: Checkpointer, reporter: Reporter) -> None:
+    def __init__(self, options: RunOptions, checkpointer: Checkpointer, reporter: Reporter) -> None:
+        grace = None if options.grace is None else parse_seconds(options.grace)
+        self.preemption = Preemption(grace_seconds=grace, several=checkpointer.world.world_size > 1)
         self._checkpointer = checkpointer
         self.ledger: TimeLedger | None = None
         """The account of this attempt's time; the main rank's."""
@@ -40,6 +45,7 @@ class Monitoring:
         global_step = state["global_step"]
         phases.tell_step(global_step)
         phases.switch(Phase.OTHER)
+        self.preemption.open()
         launched.note(
             begun=True, run_dir=run_dir, attempt=attempt, global_step=global_step, committed_step=committed_step
         )
@@ -48,6 +54,7 @@ class Monitoring:
 
     def close(self) -> None:
         """Nothing is watched any more."""
+        self.preemption.close()
         if self.ledger is not None:
             self.ledger.close(self._checkpointer.attempt)
         phases.switch(Phase.OUTSIDE)

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -260,6 +260,25 @@ class _StoreMailbox(Mailbox):
                 f"Rank {self._rank} lost the launcher's store over {key}: {_first_line(error)}. Training ends here; "
                 f"run the same command again to go on from the newest checkpoint."
             ) from error
+
+
+def count_collectives() -> int:
+    """Those of all groups so far, on this rank: whether it has waited for others between two moments."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    groups: Iterable[Any] = dist.distributed_c10d._world.pg_map
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+_LOST_PEERS = ("closed by peer", "reset by peer", "Broken pipe", "remote process has terminated")
+# Source: gloo/transport/tcp/pair.cc; torch/csrc/distributed/c10d/NCCLUtils.hpp.
+
+
+def has_lost_peers(error: BaseException) -> bool:
+    """Whether an error only says that other ranks are gone: theirs is the cause."""
+    if isinstance(error, (DeadlineError, LauncherLostError, dist.DistError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEERS)
 
 
 _LAUNCHER_PID = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
