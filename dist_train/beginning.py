@@ -156,6 +156,7 @@ class Beginning:
             notes: what else is to be told, one sentence each.
         """
         if self.opened is None:
+            self._reporter.notes(notes)
             return
         manifest, told = self.opened.manifest, self._told
         differences.warn_of_unregistered(self.opened.path, manifest.state, self._live.registered)

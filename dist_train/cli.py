@@ -13,11 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import compare, exchange, keep, look, report
-from dist_train.commands.command import refuse
-from dist_train.errors import DistTrainError, ExitCode
+from dist_train.commands import compare, drill, exchange, keep, look, report
 
-_FAMILIES = (look, report, keep, compare, exchange)
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first
@@ -33,6 +30,7 @@ examples:
   dist-train export runs/ultra best               a .pth that plain torch loads
   dist-train import old.pth --run runs/ultra      go on from an old script's file
   dist-train pack runs/ultra                      best and latest as a zip to download
+  dist-train drill -- train.py --lr 3e-4          kill your script, prove that it resumes
 
 exit codes: 0 all is well; 1 something is wrong: damage, no such run, no
 checkpoint; 2 wrong usage. Only import, prune --yes, pin and unpin change a run,

@@ -24,12 +24,13 @@ class Monitoring:
     """The watchers of one run."""
 
     def __init__(self, options: RunOptions, checkpointer: Checkpointer, reporter: Reporter) -> None:
+        world = checkpointer.world
         grace = None if options.grace is None else parse_seconds(options.grace)
-        self.preemption = Preemption(grace_seconds=grace, several=checkpointer.world.world_size > 1)
+        self.preemption = Preemption(grace_seconds=grace, several=world.world_size > 1)
         self._checkpointer = checkpointer
         self.ledger: TimeLedger | None = None
         """The account of this attempt's time; the main rank's."""
-        if checkpointer.world.is_main:
+        if world.is_main:
             self.ledger = TimeLedger(checkpointer.store, reporter.events, is_lost=lambda: checkpointer.is_lost)
             checkpointer.on_beat(self.ledger.beat)
             reporter.spent_at = self.ledger.committed

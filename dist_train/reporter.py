@@ -95,6 +95,13 @@ class Reporter:
         for note in told.notes:
             self.console.say(note)
 
+    def notes(self, notes: Sequence[str]) -> None:
+        """What people should know of a fresh start, one sentence each; that of a resume is told with it."""
+        if notes:
+            self.events.write("noted", notes=list(notes))
+        for note in notes:
+            self.console.say(note)
+
     def problems(self, problems: Sequence[str]) -> None:
         """Checkpoints that could not be used."""
         for problem in problems if self._is_main else ():

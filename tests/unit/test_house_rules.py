@@ -29,6 +29,7 @@ LEVEL_OF_MODULE = {
     "joining": GROUND,
     "phases": GROUND,
     "launched": GROUND,
+    "connections": GROUND,
     "checkpoint.manifest": GROUND,
     "checkpoint.store": GROUND,
     "checkpoint.catalog": GROUND,  # the one definition of "committed", which resume and retention share
