@@ -90,8 +90,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 taken, marks = measure(name, Path(folder))
             seconds[name].append(taken)
+            print(f"{name}: {taken:.2f} s", flush=True)
             if args.profile:
-                print(f"{name}: {taken:.2f} s")
                 for mark in marks:
                     if mark["rank"] == 0 and mark["at"] <= taken + 0.01:
                         print(f"    {mark['at']:7.3f}  {mark['what']}")
