@@ -96,7 +96,8 @@ class Ending:
             leave_by(LONELY_SECONDS, "it has lost the other ranks", int(ExitCode.ERROR))
         self._boundary.report(self._checkpointer.close(failed=True), after_error=True)
         self._tell_launcher()
-        if not isinstance(error, RunInUseError):
+        # A rank 0 that was cut off, or stood still, wakes up beside the attempt that goes on without it.
+        if not (isinstance(error, RunInUseError) or self._checkpointer.is_lost):
             step = self._progress.now.global_step
             self._reporter.events.write("stopped", reason=self.reason, global_step=step, error=_one_line(error))
             self.write_status(self.reason, error=_one_line(error))

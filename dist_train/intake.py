@@ -76,12 +76,17 @@ class Intake:
     # Saving and restoring
 
     def fit(self) -> list[str]:
-        """Ends an epoch whose data has become shorter than the position in it; returns what to say."""
+        """Ends an epoch whose data has become shorter than the position in it. Returns what to say of that, and of
+        windows that these ranks do not share evenly.
+        """
         sampler, now = training_sampler(self.loader), self._progress.now
-        if sampler is None or not now.samples_into_epoch:
+        if sampler is None:
             return []
+        uneven = [text for text in [sampler.layout.describe_uneven()] if text]
+        if not now.samples_into_epoch:
+            return uneven
         sampler.set_position(epoch=now.epoch)  # the user's own order may be of another length in each epoch
-        return self._progress.fit_into(sampler.layout.num_samples)
+        return uneven + self._progress.fit_into(sampler.layout.num_samples)
 
     def describe(self) -> dict[str, Json]:
         """What decides which samples are used when."""

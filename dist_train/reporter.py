@@ -52,6 +52,8 @@ class Reporter:
         self._run_dir = run_dir
         self.loss: float | None = None
         """Training loss as of the last record."""
+        self.spent_at: Callable[[int], Mapping[str, float] | None] = lambda global_step: None
+        """What the attempt had spent its time on when it took the state of a checkpoint that is durable now."""
         self._stalls: dict[int, float] = {}
         self._clock = clock
         self._shown_at = float("-inf")
@@ -91,6 +93,13 @@ class Reporter:
         for line in _table(changes):
             self.console.say(line)
         for note in told.notes:
+            self.console.say(note)
+
+    def notes(self, notes: Sequence[str]) -> None:
+        """What people should know of a fresh start, one sentence each; that of a resume is told with it."""
+        if notes:
+            self.events.write("noted", notes=list(notes))
+        for note in notes:
             self.console.say(note)
 
     def problems(self, problems: Sequence[str]) -> None:
@@ -227,6 +236,7 @@ class Reporter:
             reason=manifest.reason,
             stall_seconds=stall,
             seconds=event.seconds,
+            **({} if (spent := self.spent_at(progress.global_step)) is None else {"buckets": spent}),
         )
         best = manifest.best
         if best is not None and manifest.metrics and best.epochs_completed == progress.epochs_completed:

@@ -108,7 +108,7 @@ class Run(Standing):
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
-        self._monitoring = Monitoring(self._options, self.world)
+        self._monitoring = Monitoring(self._options, self._checkpointer, self._reporter)
         self._cut = Cut()
         self._join_parts(loader)
         self._entered = self._begun = self._in_epoch = False
@@ -171,6 +171,7 @@ class Run(Standing):
         self._environment = describe_environment(self.world.world_size, self.device, precision)
         for model in self._models.values():
             fix_bucket_layout(model)
+        self._monitoring.enter()
         try:
             self._beginning.enter(self._resume, self._environment, self.device)
             self._intake.restore(self._beginning.rank_states, self.world.rank, self.world.world_size)
@@ -180,13 +181,14 @@ class Run(Standing):
         except BaseException as error:
             launched.note_error(error)
             self._checkpointer.close(failed=True)
+            self._monitoring.close()
             raise
         self._place = misuse.note_open(self.run_dir, self)
         self._boundary.open(self._beginning.saved_step)
         self._rate.open()
         self._recovery.restore(self._beginning.health, [])
         self._recovery.open()
-        self._monitoring.open(self.run_dir, self.attempt, self.global_step, self._beginning.saved_step)
+        self._monitoring.open(self.run_dir, self.attempt, self._beginning)
         self._entered = True
         self._ending.write_status("running")
         return self
