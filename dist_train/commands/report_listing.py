@@ -80,7 +80,8 @@ def attempt_lines(facts: Facts) -> list[str]:
 
 def _lost_of(one: Facts) -> str:
     steps = counted(one["lost_steps"], "step")
-    return f"{time_text(one['buckets']['lost'])}, {steps}" if one["lost_steps"] or one["buckets"]["lost"] else "-"
+    seconds = one["buckets"]["lost"]
+    return f"{time_text(seconds)}, {steps}" if one["lost_steps"] or seconds >= 0.005 else "-"
 
 
 def time_text(seconds: float) -> str:
