@@ -2,11 +2,12 @@
 
     signal -> (in C, also while the main thread hangs in a collective) wakeup descriptor -> this thread
     the grace is over                                 end
-    several ranks of one launcher, stuck in a step:   another worker of this machine is gone        end
+    several ranks of plain torchrun, stuck in a step: another worker of this machine is gone        end
                                                       much longer than ever before                  end
 
 Under torchrun the same SIGTERM means "save and leave" and "the others are dead, you will be restarted"; what tells them
-apart is whether training still moves. Its SIGKILL comes after 30 s, whatever the flags say.
+apart is whether training still moves. Its SIGKILL comes after 30 s, whatever the flags say. `dist-train launch` knows
+which of the two it is, and how long a save takes: it does the waiting there.
 
 Invariant: a process that was told nothing is never ended, nor one whose ranks have agreed on the stop.
 """
@@ -30,13 +31,14 @@ from dist_train import launched, phases
 from dist_train.errors import ConfigError
 from dist_train.health.leaving import leave_now
 from dist_train.phases import Phase
+from dist_train.units import parse_seconds
 
 GRACE: Final = "DIST_TRAIN_GRACE"
-"""Environment variable: seconds from the signal to SIGKILL, where the platform gives more or less than usual."""
-ELASTIC_GRACE_SECONDS: Final = 28.0
+"""Environment variable: time from a signal to SIGKILL (90, "5min"), if the platform gives more or less than usual."""
+TORCHRUN_GRACE_SECONDS: Final = 28.0
 """torchrun gives 30 s: leaving before that shows where each rank stood."""
-ALONE_GRACE_SECONDS: Final = 600.0
-"""Whoever started the script directly will say it again, or kill."""
+OTHER_GRACE_SECONDS: Final = 600.0
+"""Whoever started the script directly will say it again, or kill; so does `dist-train launch`."""
 LONELY_SECONDS: Final = 2.0
 """A worker of this machine is gone, and this one hangs: its own error, if there is to be one, comes at once."""
 STUCK_SECONDS: Final = 10.0
@@ -187,7 +189,7 @@ class Vigil:
             return f"{name} came a second time, and the main thread does not answer ({where})"
         if waited >= self._grace:
             return f"{name} came {waited:.0f} s ago, and no step boundary since ({where})"
-        if not (self._several and launched.by_elastic() and phase in _MOVING):
+        if not (self._several and _by_torchrun() and phase in _MOVING):
             return ""
         if stuck >= LONELY_SECONDS and _has_lost_a_sibling():
             return (
@@ -204,14 +206,20 @@ class Vigil:
 def _told_grace() -> float:
     told = os.environ.get(GRACE)
     if told is None:
-        return ELASTIC_GRACE_SECONDS if launched.by_elastic() else ALONE_GRACE_SECONDS
-    with contextlib.suppress(ValueError):
-        if float(told) > 0:
-            return float(told)
+        return TORCHRUN_GRACE_SECONDS if _by_torchrun() else OTHER_GRACE_SECONDS
+    seconds = 0.0
+    with contextlib.suppress(ConfigError):
+        seconds = parse_seconds(float(told) if told.replace(".", "", 1).isdecimal() else told)
+    if seconds > 0:
+        return seconds
     raise ConfigError(
-        f"The environment variable {GRACE} is {told!r}; it must be a number of seconds above 0. Correct it, or unset "
-        f"it for what is known of the launcher."
+        f"The environment variable {GRACE} is {told!r}; it must be a time above 0, for instance 90 (seconds) or 5min. "
+        f"Correct it, or unset it for what is known of the launcher."
     )
+
+
+def _by_torchrun() -> bool:
+    return launched.by_elastic() and not launched.by_dist_train()
 
 
 def _has_lost_a_sibling() -> bool:

@@ -115,11 +115,15 @@ def test_a_worker_of_this_machine_that_is_gone_shortens_it(monkeypatch: pytest.M
     assert "another worker of this machine is gone, and nothing moves since 2 s" in one.after(0.1)
 
 
-@pytest.mark.parametrize("several", [True, False])
-def test_alone_or_without_torchrun_there_are_ten_minutes(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+@pytest.mark.parametrize("by_dist_train", [True, False])
+def test_whoever_is_started_otherwise_has_ten_minutes(by_dist_train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dist-train launch` knows better, and kills."""
+    if by_dist_train:
+        monkeypatch.setenv("DIST_TRAIN_LAUNCH_DIR", "/nowhere")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setattr(vigil, "_has_lost_a_sibling", lambda: True)
-    one = Watched(several=several)
+    one = Watched()
     one.step(0.1, count=5)
     one.tell(signal.SIGUSR1)
     assert one.after(599.0) == ""
@@ -150,9 +154,13 @@ def test_the_grace_comes_from_the_option_else_from_the_environment(monkeypatch: 
         one.tell()
         assert one.after(seconds - 0.1) == ""
         assert one.after(0.1) != ""
+    monkeypatch.setenv(GRACE, "1min")
+    one = Watched()
+    one.tell()
+    assert (one.after(59.9), one.after(0.1) != "") == ("", True)
     for wrong in ("", "soon", "0", "-3"):
         monkeypatch.setenv(GRACE, wrong)
-        with pytest.raises(ConfigError, match="must be a number of seconds above 0"):
+        with pytest.raises(ConfigError, match="must be a time above 0"):
             Watched()
 
 
