@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import compare, drill, exchange, keep, look, report
+from dist_train.commands import compare, drill, exchange, keep, launch, look, report
 from dist_train.commands.command import refuse
 from dist_train.errors import DistTrainError, ExitCode
 
-_FAMILIES = (look, report, keep, compare, exchange, drill)
+_FAMILIES = (launch, look, report, keep, compare, exchange, drill)
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first

@@ -23,7 +23,11 @@ Json = Any
 LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
 """Environment variable: folder for the notes of the worker group's present life; set by `dist-train launch`."""
 
+PROGRESS_SECONDS = 0.25
+"""Between notes of steps that committed nothing."""
+
 _noted: dict[str, Json] = {}
+_progress_at = 0.0
 
 
 def by_dist_train() -> bool:
@@ -68,6 +72,15 @@ def note(**fields: Json) -> None:
         draft.replace(path)
 
 
+def note_progress(global_step: int, committed_step: int) -> None:
+    """Where the run stands: told at once when something was committed, else now and then."""
+    global _progress_at
+    now = time.monotonic()
+    if committed_step != _noted.get("committed_step") or now - _progress_at >= PROGRESS_SECONDS:
+        _progress_at = now
+        note(global_step=global_step, committed_step=committed_step)
+
+
 def note_error(error: BaseException, *, secondary: bool = False) -> None:
     """Why this rank ends: whether it only lost the others, and whether another start could help."""
     note(
@@ -86,10 +99,8 @@ _FINAL = (
     errors.StateMismatchError,
     errors.FormatVersionError,
     errors.UnsaveableStateError,
-    SyntaxError,
-    ImportError,
 )
-"""Mistakes of the script or its settings: the next start would make them, too."""
+"""Mistakes of the script or its settings, recognised by the run: the next start would make them, too."""
 
 
 def read_notes(folder: str | os.PathLike[str]) -> dict[int, dict[str, Json]]:

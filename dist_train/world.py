@@ -283,12 +283,18 @@ def has_lost_peers(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEERS)
 
 
-_LAUNCHER_PID = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
+"""Environment variable: the process that `dist-train launch` starts its workers from, in their environment."""
+_FIRST_PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def launcher_is_gone() -> bool:
-    """Whether torchrun's agent has died and left this worker behind: nobody would restart or end it any more."""
-    return _LAUNCHER_PID is not None and os.getppid() != _LAUNCHER_PID
+    """Whether the launcher (torchrun's agent, or ours) has died and left this worker behind: nobody would restart or
+    end it any more.
+    """
+    told = os.environ.get(LAUNCHER_PID)  # a forked worker has imported this before it was one
+    launcher = int(told) if told else _FIRST_PARENT
+    return launcher is not None and os.getppid() != launcher
 
 
 def _attempt(work: Callable[[], Json]) -> Json:

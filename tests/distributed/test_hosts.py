@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,11 +86,14 @@ class Fleet:
             attempt = self.attempt
             if attempt <= after or self.ranks(attempt) != world_size:
                 return False
-            recorded = (self.samples / f"a{attempt:06d}-r0.jsonl").read_text().splitlines(keepends=True)
-            steps = {json.loads(line)["step"] for line in filter(_is_whole, recorded)}
-            return len(steps) > 2
+            return self.steps_of(attempt) > 2
 
         return happened
+
+    def steps_of(self, attempt: int) -> int:
+        """Updates that the main rank has begun in an attempt."""
+        recorded = (self.samples / f"a{attempt:06d}-r0.jsonl").read_text().splitlines(keepends=True)
+        return len({json.loads(line)["step"] for line in filter(_is_whole, recorded)})
 
     def require_each_sample_once(self) -> None:
         consumed = consumed_samples(self.run_dir, self.samples)
@@ -148,3 +152,139 @@ def test_a_killed_host_is_left_behind_and_is_taken_in_when_it_returns(
     returned.wait(60).require_success()
     fleet.require_each_sample_once()
     require_same_curves(fleet.run_dir, twin)
+
+
+@pytest.mark.slow
+def test_the_main_ranks_host_loses_its_power_and_two_of_three_go_on(
+    tmp_path: Path, stack: ExitStack, twin: list[dict[str, Any]]
+) -> None:
+    """Nobody is told: no connection is reset. Three ranks do not share 24 samples evenly in micro-batches of 3."""
+    network = stack.enter_context(Network(3, tmp_path))
+    main, other, rendezvous = network.hosts
+    fleet = Fleet(tmp_path, stack, torchrun("1:3", rendezvous), "--micro", "3")
+    launch = fleet.start(rendezvous)
+    second = fleet.start(other)
+    fleet.start(main)
+    launch.wait_until(fleet.trains_on(3), "training on three hosts")
+    three = fleet.attempt
+    main.cut()
+    main.kill()
+    fleet.set_pace(0.3)
+    launch.wait_until(fleet.trains_on(2, after=three), "training on the two hosts that are left")
+    two = fleet.attempt
+    assert f"{main.address} has acknowledged nothing for 5 s" in launch.output
+    main.mend()
+    main.boot()
+    returned = fleet.start(main)
+    launch.wait_until(fleet.trains_on(3, after=two), "training on three hosts again")
+    fleet.set_pace(0.0)
+    for one in (launch, second, returned):
+        one.wait(60).require_success()
+    fleet.require_each_sample_once()
+    require_same_curves(fleet.run_dir, twin)
+    said = {event["attempt"]: str(event["notes"]) for event in fleet.events("noted", "resumed")}
+    uneven = "24 samples does not divide evenly on 3 ranks: an update is 3 passes of 3 and 2 samples a rank, weighted"
+    assert [uneven in said.get(attempt, "") for attempt in (three, two, fleet.attempt)] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_the_rendezvous_host_dies_and_all_end_and_the_same_command_resumes(
+    tmp_path: Path, stack: ExitStack, twin: list[dict[str, Any]]
+) -> None:
+    network = stack.enter_context(Network(2, tmp_path))
+    rendezvous, other = network.hosts
+    fleet = Fleet(tmp_path, stack, torchrun("1:2", rendezvous))
+    launch = fleet.start(rendezvous)
+    second = fleet.start(other)
+    launch.wait_until(fleet.trains_on(2), "training on two hosts")
+    both = fleet.attempt
+    rendezvous.kill()
+    ended = second.wait(60)
+    assert ended.returncode == 1
+    assert "The connection to the C10d store has failed" in ended.output
+    assert workers_of(other) == []
+    rendezvous.boot()
+    again = [fleet.start(host) for host in network.hosts]
+    again[0].wait_until(fleet.trains_on(2, after=both), "training on two hosts again")
+    fleet.set_pace(0.0)
+    for one in again:
+        one.wait(60).require_success()
+    assert fleet.events("resumed")
+    fleet.require_each_sample_once()
+    require_same_curves(fleet.run_dir, twin)
+
+
+@pytest.mark.slow
+def test_a_cut_link_leaves_training_to_the_side_of_the_rendezvous(
+    tmp_path: Path, stack: ExitStack, twin: list[dict[str, Any]]
+) -> None:
+    """The other side holds the main rank and stands still meanwhile, as a paused machine does: when it wakes up it is
+    the zombie of an old attempt, in the very directory in which the new one trains.
+    """
+    network = stack.enter_context(Network(2, tmp_path))
+    main, rendezvous = network.hosts
+    fleet = Fleet(tmp_path, stack, torchrun("1:2", rendezvous))
+    launch = fleet.start(rendezvous)
+    zombie = fleet.start(main)
+    launch.wait_until(fleet.trains_on(2), "training on two hosts")
+    both = fleet.attempt
+    main.cut()
+    main.pause()
+    fleet.set_pace(0.3)
+    launch.wait_until(fleet.trains_on(1, after=both), "training on the rendezvous' side")
+    alone = fleet.attempt
+    main.unpause()
+    main.mend()
+    launch.wait_until(fleet.trains_on(2, after=alone), "training on two hosts again")
+    fleet.set_pace(0.0)
+    for one in (launch, zombie):
+        one.wait(60).require_success()
+    attempts = [event["attempt"] for event in fleet.events()]
+    assert attempts == sorted(attempts), "an old attempt wrote after a newer one had begun"
+    assert f"{main.address} has acknowledged nothing for 5 s" in launch.output
+    fleet.require_each_sample_once()
+    require_same_curves(fleet.run_dir, twin)
+
+
+@pytest.mark.slow
+def test_both_sides_of_a_cut_link_say_so_and_no_worker_waits_on(tmp_path: Path, stack: ExitStack) -> None:
+    """The launcher of the side without the rendezvous waits on, for TCP to give up or the link to come back."""
+    network = stack.enter_context(Network(2, tmp_path))
+    rendezvous, other = network.hosts
+    fleet = Fleet(tmp_path, stack, torchrun("1:2", rendezvous))
+    launch, second = fleet.start(rendezvous), fleet.start(other)
+    launch.wait_until(fleet.trains_on(2), "training on two hosts")
+    both = fleet.attempt
+    other.cut()
+    second.wait_until(lambda: fleet.trains_on(1, after=both)() and not workers_of(other), "the end of the cut-off rank")
+    assert f"{rendezvous.address} has acknowledged nothing for 5 s" in second.output
+    assert f"{other.address} has acknowledged nothing for 5 s" in launch.output
+    fleet.set_pace(0.0)
+    launch.wait(60).require_success()
+    fleet.require_each_sample_once()
+
+
+@pytest.mark.slow
+def test_a_link_that_is_cut_for_a_moment_restarts_nothing(tmp_path: Path, stack: ExitStack) -> None:
+    network = stack.enter_context(Network(2, tmp_path))
+    rendezvous, other = network.hosts
+    fleet = Fleet(tmp_path, stack, torchrun("2", rendezvous))
+    launch, second = (fleet.start(host, {"DIST_TRAIN_HOST_PATIENCE": "20"}) for host in network.hosts)
+    launch.wait_until(fleet.trains_on(2), "training on two hosts")
+    other.cut()
+    recorded = fleet.steps_of(1)
+    time.sleep(3)  # the length of the cut: nothing is waited for
+    assert fleet.steps_of(1) <= recorded + 1
+    other.mend()
+    fleet.set_pace(0.0)
+    for one in (launch, second):
+        one.wait(90).require_success()
+    assert fleet.attempt == 1
+    fleet.require_each_sample_once()
+
+
+def workers_of(host: Host) -> list[int]:
+    """Training processes, not their launchers."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in host.pids()}
+    said = {pid: path.read_text().split("\0") for pid, path in commands.items() if path.exists()}
+    return [pid for pid, words in said.items() if SPECIMEN in words and "torch.distributed.run" not in words]
