@@ -80,7 +80,7 @@ def attempt_lines(facts: Facts) -> list[str]:
 
 
 def _end_of(one: Facts) -> str:
-    end = _ENDS.get(one["end"], one["end"])
+    end = str(_ENDS.get(one["end"], one["end"]))
     return f"{end}: {_short(one['error'])}" if one["error"] and one["end"] != "lost_peers" else end
 
 
