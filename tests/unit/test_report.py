@@ -84,6 +84,15 @@ def test_a_rank_that_lost_the_others_is_not_the_cause(tmp_path: Path, capsys: py
     assert "1, lost another rank" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_hang_is_told_with_its_place(failed_once: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = failed_once / "run.jsonl"
+    hung = {"time": 1.0, "attempt": 1, "event": "hung", "rank": 1, "section": "step", "line": "train.py:40"}
+    log.write_text(json.dumps(hung) + "\n" + log.read_text())
+    capsys.readouterr()
+    assert main(["report", str(failed_once)]) == 0
+    assert "1, hung (rank 1 in step, train.py:40)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_in_progress_is_told_by_its_pulse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts: dict[str, Any] = {}
 
