@@ -196,8 +196,8 @@ def _remarks(facts: Facts) -> list[str]:
     if untold := facts["attempts_without_record"]:
         which = ", ".join(map(str, untold[:6])) + (" ..." if len(untold) > 6 else "")
         remarks.append(
-            f"{counted(len(untold), 'attempt')} left no record ({which}): ended before the first sign of life, or made "
-            f"by a version that kept none. Their time counts as down, or came before the first."
+            f"{counted(len(untold), 'attempt')} left no record ({which}): ended before the first sign of life, made by "
+            f"a version that kept none, or in another directory. Their time counts as down, or came before the first."
         )
     if facts["overlap_seconds"] >= 1:
         remarks.append(
