@@ -238,6 +238,12 @@ def read_events(store: Store) -> list[dict[str, Json]]:
     return [event for line in lines if (event := parse_line(line)) is not None]
 
 
+def read_time(store: Store) -> RunTime | None:
+    """The run's time so far; None where no attempt has left a record."""
+    pulses = read_pulses(store)  # before the events: an attempt that ends meanwhile is then found in both
+    return fold_time(read_events(store), pulses.values())
+
+
 def process_age() -> float:
     """Seconds since this process was made; a worker of a fork server was made when it was forked."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):

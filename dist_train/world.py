@@ -269,12 +269,17 @@ class _StoreMailbox(Mailbox):
             ) from error
 
 
-def count_collectives() -> int:
-    """Those of all groups so far, on this rank: whether it has waited for others between two moments."""
+def count_collectives() -> int | None:
+    """Those of all groups so far: whether this rank has waited for others between two moments. None where a backend
+    does not count them.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     groups: Iterable[Any] = dist.distributed_c10d._world.pg_map
-    return sum(group._get_sequence_number_for_group() for group in groups)
+    try:
+        return int(sum(group._get_sequence_number_for_group() for group in groups))
+    except RuntimeError:
+        return None
 
 
 _LOST_PEERS = ("closed by peer", "reset by peer", "Broken pipe", "remote process has terminated")

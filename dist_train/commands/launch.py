@@ -10,12 +10,14 @@ import json
 import os
 from typing import Any
 
+from dist_train.checkpoint.store import Store
 from dist_train.cluster.launch import GIVE_UP_AFTER, MAX_RESTARTS, MONITOR_SECONDS, LaunchOptions, launch
 from dist_train.cluster.summary import summary_json, summary_lines
 from dist_train.cluster.worker import Program
 from dist_train.commands.command import AddCommand
 from dist_train.console import finite, print_text
 from dist_train.errors import ConfigError
+from dist_train.time_ledger import read_time
 from dist_train.units import parse_seconds
 
 GRACE_VARIABLE = "DIST_TRAIN_GRACE"
@@ -76,11 +78,18 @@ def _add(group: Any, name: str, **settings: Any) -> None:
 
 def _launch(args: argparse.Namespace) -> int:
     conclusion = launch(_options(args), _say)
-    for line in summary_lines(conclusion):
+    for line in summary_lines(conclusion, _goodput(conclusion.run_dir)):
         _say(line) if not line.startswith(" ") else print_text(line, error=True)
     if args.json:
-        print_text(json.dumps(finite(summary_json(conclusion)), allow_nan=False))
+        facts = {**summary_json(conclusion), "goodput": _goodput(conclusion.run_dir)}
+        print_text(json.dumps(finite(facts), allow_nan=False))
     return conclusion.exit_code
+
+
+def _goodput(run_dir: str | None) -> float | None:
+    """As the run's own account has it; None where no run was entered, or its directory is not here."""
+    run = None if run_dir is None else read_time(Store(run_dir))
+    return None if run is None else run.goodput
 
 
 def _say(line: str) -> None:

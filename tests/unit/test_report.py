@@ -12,6 +12,7 @@ import pytest
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
 from dist_train.cli import main
+from dist_train.errors import DeadlineError
 from dist_train.run import Run
 from dist_train.time_ledger import read_pulses
 from tests.support.small_run import SmallRun, events_of
@@ -69,6 +70,27 @@ def test_its_numbers_add_up(failed_once: Path, capsys: pytest.CaptureFixture[str
     assert read_pulses(Store(failed_once)) == {}
     last = events_of(failed_once, "time")[-1]
     assert last["run"]["goodput"] == pytest.approx(facts["goodput"], abs=1e-5)
+
+
+def test_a_rank_that_lost_the_others_is_not_the_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose(run: Run) -> None:
+        raise DeadlineError("Rank 0 lost them")
+
+    with pytest.raises(DeadlineError):
+        SmallRun(run_dir=tmp_path / "run", at_step=lose).train()
+    SmallRun(run_dir=tmp_path / "run", max_steps=1).train()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "1, lost another rank" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_hang_is_told_with_its_place(failed_once: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = failed_once / "run.jsonl"
+    hung = {"time": 1.0, "attempt": 1, "event": "hung", "rank": 1, "section": "step", "line": "train.py:40"}
+    log.write_text(json.dumps(hung) + "\n" + log.read_text())
+    capsys.readouterr()
+    assert main(["report", str(failed_once)]) == 0
+    assert "1, hung (rank 1 in step, train.py:40)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_in_progress_is_told_by_its_pulse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
