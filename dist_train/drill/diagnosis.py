@@ -269,6 +269,11 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
             f"what decides it is in no checkpoint.{_suspects(difference)}",
             advice="Give the Run the scheduler (scheduler=), or compute the rate from run.global_step.",
         )
+    return _diagnose_result(difference, at)
+
+
+def _diagnose_result(difference: Difference, at: str) -> Diagnosis:
+    """The inputs of a step are equal, as far as they are known, and its loss or weights are not."""
     if not difference.batch_is_known and not difference.loader_is_known:
         return Diagnosis(
             cause=ORDER,
