@@ -127,7 +127,7 @@ class Boundary:
         steps = 0 if evaluation_is_next else self._agreement.interval
         evaluation = evaluation_is_next or evaluation_is_near
         over = not nothing_follows and self._deadline.is_over(steps=steps, evaluation=evaluation)
-        told = self.hear() and not nothing_follows
+        told = not nothing_follows and self.hear()
         wish = strongest(self.stop_wish, self._preemption.reason if told else None)
         wish = wish or (StopReason.TIME_LIMIT if over else None)
         agreed = self._exchange(wish, force=ends_epoch or self._save_requested)

@@ -100,9 +100,14 @@ def _compare_life(name: str, plain: Life, life: Life, twin: Records | None) -> D
 
 
 def _pairs(expected: Json, found: Json) -> Iterator[tuple[str, Json, Json, dict[str, Any]]]:
-    """What a step used and did, in the order in which it acts."""
+    """What a step used and did, in the order in which it acts. A generator that stands elsewhere matters only where
+    something comes of it: many a script seeds torch alone and draws from nothing else.
+    """
     for index, (one, two) in enumerate(zip(expected["batches"], found["batches"], strict=False)):
+        same_results = one["loss"] == two["loss"] and expected["weights"] == found["weights"]
         for what in _OF_A_BATCH:
+            if what == "rng" and same_results:
+                continue
             shown = ("shown", "shown") if what == "samples" and one[what] != two[what] else (what, what)
             a, b = (one[shown[0]], two[shown[1]])
             if a == b and one[what] != two[what]:
@@ -116,6 +121,18 @@ def _pairs(expected: Json, found: Json) -> Iterator[tuple[str, Json, Json, dict[
 
 def _first_key(one: Mapping[str, Json], other: Mapping[str, Json]) -> str:
     return next((key for key in one if one[key] != other.get(key)), next((key for key in other if key not in one), ""))
+
+
+def unseeded_generators(plain: Records, twin: Records) -> list[str]:
+    """Random generators that stand elsewhere in two uninterrupted runs which are equal otherwise: nothing draws from
+    them, so that they are no difference.
+    """
+    lines: list[tuple[Json, Json]] = []
+    for name, lives in plain.items():
+        for life in lives:
+            again = _of_rank(twin.get(name, []), life.rank).steps
+            lines += [(line["rng"], again[step]["rng"]) for step, line in life.steps.items() if step in again]
+    return sorted({name for one, two in lines for name in one if one[name] != two.get(name)})
 
 
 def _missing(plain: Records, other: Records) -> Difference | None:
@@ -176,7 +193,8 @@ def diagnose_twins(difference: Difference) -> Diagnosis:
     if difference.what == "rng":
         return Diagnosis(
             cause=SEED,
-            sentence=f"The random generators of two uninterrupted runs differ {at}, with the same batch and weights.",
+            sentence=f"{_generators(difference)} elsewhere in two uninterrupted runs {at}, with the same batch and "
+            f"weights, and the step draws from there.",
             advice="Call dt.seed_everything(seed) at the start, and seed nothing from the time.",
         )
     if difference.what == "steps":
@@ -231,8 +249,8 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
     if difference.what == "rng":
         return Diagnosis(
             cause=SEED,
-            sentence=f"{at} the random generators stand elsewhere, with the same batch: the script draws from them, or "
-            f"seeds them, between the restore and the step.{_suspects(difference)}",
+            sentence=f"{at} {_generators(difference, article='the')} elsewhere, with the same batch, and the step "
+            f"draws from there: the script draws, or seeds, between the restore and the step.{_suspects(difference)}",
             advice="Seed before the Run is entered, and draw nothing after it that an uninterrupted run would not.",
         )
     if difference.what == "lr":
@@ -263,6 +281,13 @@ def _result(difference: Difference) -> str:
     return (
         f"loss ({difference.found} instead of {difference.expected})" if difference.what == "loss" else difference.what
     )
+
+
+def _generators(difference: Difference, article: str = "The") -> str:
+    there, here = difference.expected or {}, difference.found or {}
+    names = [name for name in there if there[name] != here.get(name)]
+    one = len(names) == 1
+    return f"{article} random generator{'s' * (not one)} of {' and '.join(names)} stand{'s' * one}"
 
 
 def _samples(difference: Difference) -> str:

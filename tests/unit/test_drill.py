@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_train import cli
 from dist_train.drill.arrival import when_imported
-from dist_train.drill.digests import digest_of, digest_of_generators, digests_of_models, surroundings
+from dist_train.drill.digests import digest_of, digests_of_generators, digests_of_models, surroundings
 from dist_train.drill.faults import Fired
 from dist_train.drill.records import read_records
 from dist_train.drill.rehearsal import Rehearsal, read_places
@@ -82,11 +82,14 @@ def test_a_digest_tells_every_bit_shape_and_dtype_apart() -> None:
 
 
 def test_the_random_generators_are_looked_at_and_left_alone() -> None:
-    before = digest_of_generators()
-    assert before == digest_of_generators()
-    for draw in (random.random, np.random.rand, lambda: torch.rand(1)):
+    before = digests_of_generators()
+    assert before == digests_of_generators()
+    draws = {"python": random.random, "numpy": np.random.rand, "torch": lambda: torch.rand(1)}
+    for name, draw in draws.items():
         draw()
-        assert before != (before := digest_of_generators())
+        now = digests_of_generators()
+        assert [one for one in now if now[one] != before[one]] == [name]
+        before = now
 
 
 def test_weights_have_the_names_of_the_plain_model() -> None:
@@ -176,6 +179,15 @@ def test_what_differs_of_two_runs_is_named_with_the_weights_first(tmp_path: Path
     assert found[0].startswith("model/")
     assert any(line.startswith("the metrics of step 1: ") for line in found)
     assert "state differs" in found
+
+
+def test_generators_that_nobody_seeds_may_be_left_out_of_a_comparison(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        SmallRun(run_dir=tmp_path / name, epochs=1, at_epoch=lambda run, name=name: random.seed(name)).train()
+    runs = tmp_path / "one", tmp_path / "other"
+    assert differences_of_runs(*runs)[0] == ["rank_state differs"]
+    assert differences_of_runs(*runs, unseeded=["python"])[0] == []
+    assert differences_of_runs(*runs, unseeded=["numpy"])[0] == ["rank_state differs"]
 
 
 # What it refuses
