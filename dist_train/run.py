@@ -106,7 +106,7 @@ class Run(Standing):
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
-        self._monitoring = Monitoring()
+        self._monitoring = Monitoring(self.world, self._store, self._options.hang_timeout, self._reporter.events.write)
         self._join_parts(loader)
         self._entered = self._begun = self._in_epoch = False
 
@@ -124,6 +124,7 @@ class Run(Standing):
         self._beginning = Beginning(
             self._store, self.world, self._checkpointer, self._live, self._progress, self._reporter
         )
+        self._beginning.on_attempt = self._monitoring.begin
         self._boundary = Boundary(
             self.world,
             self._checkpointer,
@@ -155,6 +156,7 @@ class Run(Standing):
             )
         except BaseException as error:
             launched.note_error(error)
+            self._monitoring.close()
             self._checkpointer.close(failed=True)
             raise
         self._place = misuse.note_open(self.run_dir, self)

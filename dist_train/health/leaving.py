@@ -6,6 +6,7 @@ hangs may hold any lock. It saves nothing: whoever arms it has given the save it
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -36,9 +37,10 @@ class Departure:
 
     def _end(self) -> None:
         rank = os.environ.get("RANK", "0")
-        print_text(f"Rank {rank} did not end within {self._seconds:.0f} s ({self._why}): ended now.", error=True)
-        with open(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w") as stream:
-            faulthandler.dump_traceback(stream, all_threads=True)
+        with contextlib.suppress(OSError, ValueError):  # whoever read the output may be gone
+            print_text(f"Rank {rank} did not end within {self._seconds:.0f} s ({self._why}): ended now.", error=True)
+            with open(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w") as stream:
+                faulthandler.dump_traceback(stream, all_threads=True)
         self._leave(self._exit_code)
 
 
