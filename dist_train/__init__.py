@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dist_train.data import data_loader, evaluation_loader
     from dist_train.drill.fault_plan import FaultPlan
     from dist_train.errors import DistTrainError, ExitCode, StopReason
+    from dist_train.health.policy import HealthPolicy
     from dist_train.history import read_metrics
     from dist_train.metrics import MAE, SMAPE, Accuracy, EarlyStopping, Mean, Metric
     from dist_train.options import RunOptions
@@ -30,6 +31,7 @@ _HOMES = {
     "EarlyStopping": "metrics",
     "ExitCode": "errors",
     "FaultPlan": "drill.fault_plan",
+    "HealthPolicy": "health.policy",
     "MAE": "metrics",
     "Mean": "metrics",
     "Metric": "metrics",
@@ -56,6 +58,7 @@ __all__ = [
     "EarlyStopping",
     "ExitCode",
     "FaultPlan",
+    "HealthPolicy",
     "Mean",
     "Metric",
     "Run",

@@ -40,6 +40,8 @@ class BatchFeed:
         """The micro-batch that was given out last."""
         self.in_window = False
         """Gradients of a part of a window are accumulated; nothing can be saved."""
+        self.window_start = 0
+        """The first batch of the window at hand, of a training loader of the user's."""
         self.needs_batch = False
         """The run has a training loader: what is consumed must come from it."""
         self._accelerator = accelerator
@@ -131,6 +133,7 @@ class BatchFeed:
                     return
                 index = user.batches
                 begun = index - (index - first) % steps
+                self.window_start = begun
                 in_window = steps if self._length is None else max(min(steps, self._length - begun), 1)
                 end.end_of_dataloader = index + 1 == self._length
                 weight, ends_epoch = steps / in_window, end.end_of_dataloader
@@ -154,6 +157,8 @@ class BatchFeed:
                 end.end_of_dataloader = self.micro.ends_epoch
                 phases.switch(Phase.DATA)
                 batch = next(batches)
+                if not self.in_window and should_stop():  # alone, and told to leave during the wait
+                    return
                 self._consumed = False
                 moved = move_batch(batch, self._device)
                 phases.switch(Phase.STEP)

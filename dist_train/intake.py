@@ -15,9 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from dist_train import differences
+from dist_train.checkpoint.manifest import Progress
 from dist_train.data import describe_sampler, training_sampler
 from dist_train.errors import ConfigError
+from dist_train.evaluation import Cut
 from dist_train.feed import BatchFeed
+from dist_train.ledger import Window
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
 
@@ -30,6 +33,9 @@ class Intake:
 
     Args:
         should_stop: agreed by all ranks.
+        stops_here: that, or a reason to stop before the next batch is trained on.
+        cut: of an evaluation, by a signal.
+        is_told: whether this rank was told to leave.
         show_replay: told (batches replayed, batches to replay).
         drop_window: called when an epoch has ended inside a window.
     """
@@ -40,6 +46,9 @@ class Intake:
         progress: RunProgress,
         *,
         should_stop: Callable[[], bool],
+        stops_here: Callable[[], bool],
+        cut: Cut,
+        is_told: Callable[[], bool],
         show_replay: Callable[[int, int], None],
         drop_window: Callable[[], None],
     ) -> None:
@@ -49,6 +58,9 @@ class Intake:
         self._feed = feed
         self._progress = progress
         self._should_stop = should_stop
+        self._stops_here = stops_here
+        self._cut = cut
+        self._is_told = is_told
         self._show_replay = show_replay
         self._drop_window = drop_window
         self._told_of_window = self._told_of_no_loader = False
@@ -63,12 +75,17 @@ class Intake:
     # Saving and restoring
 
     def fit(self) -> list[str]:
-        """Ends an epoch whose data has become shorter than the position in it; returns what to say."""
+        """Ends an epoch whose data has become shorter than the position in it. Returns what to say of that, and of
+        windows that these ranks do not share evenly.
+        """
         sampler, now = training_sampler(self.loader), self._progress.now
-        if sampler is None or not now.samples_into_epoch:
+        if sampler is None:
             return []
+        uneven = [text for text in [sampler.layout.describe_uneven()] if text]
+        if not now.samples_into_epoch:
+            return uneven
         sampler.set_position(epoch=now.epoch)  # the user's own order may be of another length in each epoch
-        return self._progress.fit_into(sampler.layout.num_samples)
+        return uneven + self._progress.fit_into(sampler.layout.num_samples)
 
     def describe(self) -> dict[str, Json]:
         """What decides which samples are used when."""
@@ -123,6 +140,17 @@ class Intake:
         """Whether the training loader has given its last batch of this epoch."""
         return self.loader is not None and self.epoch_is_complete
 
+    def window_since(self, before: Progress) -> Window | None:
+        """The samples of the update that is just counted, which nobody knows of a run without a training loader."""
+        now = self._progress.now
+        if self._user is not None:
+            first, last = self._feed.window_start, self._user.batches - 1
+            return Window(epoch=now.epoch, first=first, last=last, unit="batches", global_step=now.global_step)
+        if not self._feed.knows_epoch_end:
+            return None
+        first, last = before.samples_into_epoch, now.samples_into_epoch - 1
+        return Window(epoch=now.epoch, first=first, last=last, global_step=now.global_step)
+
     def end_epoch(self) -> None:
         self.epoch_is_complete = False
         if self._user is not None:
@@ -149,11 +177,11 @@ class Intake:
         assert sampler is not None
         sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
         self.epoch_is_complete = sampler.layout.num_micro_steps == 0
-        return self._feed.training_batches(self.loader, sampler.layout, self._should_stop)
+        return self._feed.training_batches(self.loader, sampler.layout, self._stops_here)
 
     def _user_batches(self, user: UserLoader) -> Iterator[Any]:
         is_complete = user.is_exhausted or self._progress.now.evaluation == "pending"
-        batches = self._feed.user_batches(user, self._should_stop, is_complete=is_complete)
+        batches = self._feed.user_batches(user, self._stops_here, is_complete=is_complete)
         return self._until_exhausted(user, batches, is_complete=is_complete)
 
     def _until_exhausted(self, user: UserLoader, batches: Iterator[Any], *, is_complete: bool) -> Iterator[Any]:
@@ -188,4 +216,5 @@ class Intake:
             self.epoch_is_complete = self.epoch_is_complete and not cut
             return cut
 
-        return self._feed.plain_batches(loader, should_stop)
+        batches = self._feed.plain_batches(loader, should_stop)
+        return batches if self.loader is None else self._cut.watched(batches, self._is_told)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_train.checkpoint.store import Store
 from dist_train.errors import ConfigError
 from dist_train.field_docs import tell_fields
 from dist_train.health.patience import Patience
+from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping
 from dist_train.units import parse_seconds
 
@@ -40,22 +41,33 @@ class RunOptions:
     launcher restarts them, end. "auto": 5 minutes for a step or a wait for data, or 12 times the usual one. A time
     given here ("10min") holds for these exactly. What compiles, saves, loads, evaluates or is the loop's own code (the
     first step, callbacks) has six times as long, or three times the longest seen. "off" watches nothing."""
+    requeue_exit: bool = False
+    """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
+    under plain torchrun, which restarts on any code but 0."""
+    grace: str | float | None = None
+    """How long a rank that was told to leave may take to a step boundary, before it is ended without one; None takes
+    DIST_TRAIN_GRACE (seconds), else 28 s under torchrun, which kills after 30, and 10 minutes elsewhere."""
     own_gradients: bool = False
     """The loop averages the gradients over the processes by itself: a trained model may then be wrapped by nothing
     that does."""
+    health: HealthPolicy = field(default_factory=HealthPolicy)
+    """What happens where a gradient is not finite, or far larger than usual."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
 
     def __post_init__(self) -> None:
-        require_times("RunOptions", self.max_time, self.time_reserve)
+        require_times("RunOptions", self.max_time, self.time_reserve, self.grace)
         require_hang_timeout("RunOptions", self.hang_timeout)
 
 
-def require_times(owner: str, max_time: str | float | None, time_reserve: str | float | None) -> None:
-    """Raises ConfigError for a `max_time` or `time_reserve` that is none, in the name of the class it was given to."""
+def require_times(
+    owner: str, max_time: str | float | None, time_reserve: str | float | None, grace: str | float | None = None
+) -> None:
+    """Raises ConfigError for what is no such time, in the name of the class it was given to."""
     for name, value, least in (
         ("max_time", max_time, "longer than nothing"),
         ("time_reserve", time_reserve, "0 or more"),
+        ("grace", grace, "longer than nothing"),
     ):
         if value is None:
             continue
@@ -63,7 +75,7 @@ def require_times(owner: str, max_time: str | float | None, time_reserve: str | 
             seconds = parse_seconds(value)
         except ConfigError as error:
             raise ConfigError(f"{owner}.{name}: {error}") from None
-        if seconds < 0 or (name == "max_time" and seconds == 0):
+        if seconds < 0 or (name != "time_reserve" and seconds == 0):
             raise ConfigError(f"{owner}.{name} is {value!r}; it must be {least}, for instance '11h30m'.")
 
 

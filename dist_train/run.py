@@ -31,6 +31,7 @@ from dist_train.checkpoint.writer import Committed
 from dist_train.ending import Ending
 from dist_train.environment import describe_environment
 from dist_train.errors import ConfigError, StopReason
+from dist_train.evaluation import Cut, EvaluationStart
 from dist_train.feed import BatchFeed
 from dist_train.intake import Intake
 from dist_train.monitoring import Monitoring
@@ -38,6 +39,7 @@ from dist_train.options import RunOptions
 from dist_train.phases import Phase, Point
 from dist_train.progress import RunProgress
 from dist_train.rate_meter import RateMeter
+from dist_train.recovery import Recovery
 from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
 from dist_train.standing import Standing
@@ -106,7 +108,8 @@ class Run(Standing):
         self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
-        self._monitoring = Monitoring(self.world, self._store, self._options.hang_timeout, self._reporter.events.write)
+        self._monitoring = Monitoring(self._options, self._checkpointer, self._reporter)
+        self._cut = Cut()
         self._join_parts(loader)
         self._entered = self._begun = self._in_epoch = False
 
@@ -117,6 +120,9 @@ class Run(Standing):
             self._feed,
             self._progress,
             should_stop=lambda: self.should_stop,
+            stops_here=self._stops_here,
+            cut=self._cut,
+            is_told=lambda: self._boundary.hear(),
             show_replay=self._reporter.replay,
             drop_window=self._live.drop_gradients,
         )
@@ -133,12 +139,30 @@ class Run(Standing):
             self._reporter,
             snapshot=self._snapshot,
             deadline=make_deadline(self._options.max_time, self._options.time_reserve, is_main=self.world.is_main),
+            preemption=self._monitoring.preemption,
             max_steps=self._options.max_steps,
             on_commit=self._on_commit,
         )
+        self._recovery = Recovery(
+            self._options.health,
+            self.world,
+            self._live,
+            self._boundary,
+            self._checkpointer,
+            self._progress,
+            self._reporter,
+            own_gradients=self._options.own_gradients,
+        )
+        self._boundary.is_sound = self._recovery.is_sound
         on_stop = self._callbacks.tell_of_stop
         self._ending = Ending(
-            self._checkpointer, self._boundary, self._progress, self._reporter, self._tracking, on_stop
+            self._checkpointer,
+            self._boundary,
+            self._progress,
+            self._reporter,
+            self._tracking,
+            on_stop,
+            requeue_exit=self._options.requeue_exit,
         )
 
     # Entering and leaving
@@ -148,6 +172,7 @@ class Run(Standing):
         self._environment = describe_environment(self.world.world_size, self.device, precision)
         for model in self._models.values():
             fix_bucket_layout(model)
+        self._monitoring.enter()
         try:
             self._beginning.enter(self._resume, self._environment, self.device)
             self._intake.restore(self._beginning.rank_states, self.world.rank, self.world.world_size)
@@ -156,13 +181,15 @@ class Run(Standing):
             )
         except BaseException as error:
             launched.note_error(error)
-            self._monitoring.close()
             self._checkpointer.close(failed=True)
+            self._monitoring.close()
             raise
         self._place = misuse.note_open(self.run_dir, self)
         self._boundary.open(self._beginning.saved_step)
         self._rate.open()
-        self._monitoring.open(self.run_dir, self.attempt, self.global_step, self._beginning.saved_step)
+        self._recovery.restore(self._beginning.health, [])
+        self._recovery.open()
+        self._monitoring.open(self.run_dir, self.attempt, self._beginning)
         self._entered = True
         self._ending.write_status("running")
         return self
@@ -172,6 +199,7 @@ class Run(Standing):
     ) -> None:
         self._in_epoch = False
         self._rate.close()
+        self._recovery.close()
         phases.switch(Phase.END)
         try:
             self._ending.leave(error, in_window=self._feed.in_window)
@@ -216,7 +244,7 @@ class Run(Standing):
         if self._in_epoch:
             raise ConfigError("run.epochs() was called inside its own loop; one loop goes over the epochs of a run.")
         self._begin(count)
-        while self.epochs_completed < count and not self.should_stop:
+        while self.epochs_completed < count and not self._stops_here():
             self._intake.begin_epoch()
             self._beginning.restore_rng(for_good=not self._intake.is_mid_epoch)
             before = self._progress.now
@@ -243,6 +271,8 @@ class Run(Standing):
         # Whatever the loop did at the top of the epoch was done before the kill, too.
         self._beginning.restore_rng(for_good=True)
         yield from batches
+        if self.epoch_is_complete:
+            self._cut.begin(EvaluationStart(self._live))
         phases.switch(Phase.EVALUATION if self.epoch_is_complete else Phase.OTHER)
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -259,7 +289,10 @@ class Run(Standing):
             return
         phases.switch(Phase.OTHER)
         skipped = self.accelerator is not None and self.accelerator.optimizer_step_was_skipped
+        before = self._progress.now
         self._progress.count_update(micro, skipped=skipped)
+        self._recovery.end_window(self._intake.window_since(before), by_scaler=skipped)
+        self._recovery.judge(all_of_them=micro.ends_epoch)
         phases.tell_step(self.global_step)
         phases.reach(Point.STEP_DONE)
         if self._feed.knows_epoch_end:
@@ -279,6 +312,10 @@ class Run(Standing):
         misuse.require_used_right(entered=self._entered, call="run.end_epoch()")
         if not self.epoch_is_complete:
             return
+        if self._boundary.agree_on_cut(self._cut.is_made):
+            self._give_evaluation_up()
+            return
+        self._cut.end()
         phases.switch(Phase.OTHER)
         values = self._progress.end_epoch(metrics)
         self._intake.end_epoch()
@@ -289,6 +326,13 @@ class Run(Standing):
             self._boundary.stop = self._boundary.stop or StopReason.EARLY_STOPPED
         self._callbacks.tell("epoch_end", metrics=self.metrics)
         self._reach_boundary(ends_epoch=True, evaluated=True)
+
+    def tell_norm(self, norm: torch.Tensor | float) -> None:
+        """Before the optimizer steps, where the loop clips: the norm of its gradients before that.
+
+        A spike is judged by it (see `HealthPolicy`); what clipping has left is never one.
+        """
+        self._recovery.guard.tell_norm(norm)
 
     def evaluation(self, name: str | None = None) -> AbstractContextManager[nn.Module]:
         """A model, unwrapped, in eval mode, with the main rank's buffers and without gradients. Collective.
@@ -320,6 +364,17 @@ class Run(Standing):
 
     # Inside the loop
 
+    def _stops_here(self) -> bool:
+        """Between two batches: agreed by all ranks; alone, as soon as it was told to and no window is half done."""
+        return self.should_stop or (not self._feed.in_window and self._boundary.stop_alone())
+
+    def _give_evaluation_up(self) -> None:
+        """A signal has cut it short: it is saved as pending, and the next attempt evaluates."""
+        if self._cut.start is not None:
+            self._cut.start.put_back()
+        self._cut.end()
+        self._reach_boundary(ends_epoch=True)
+
     def _begin(self, count: int) -> None:
         self._reporter.epochs = count
         if self._begun:
@@ -345,7 +400,8 @@ class Run(Standing):
         values = self._progress.log_step(self._rate.of_update())
         self._tracking.add(self.global_step, values)
         self._reporter.loss = values["loss"]
-        self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
+        if not self._boundary.saves_are_over:
+            self._reporter.warn_of_not_finite(values, self.global_step, self.committed_step)
 
     def _reach_boundary(self, *, ends_epoch: bool, evaluated: bool = False) -> None:
         """Agree, then save if it is due. Collective."""
@@ -371,6 +427,7 @@ class Run(Standing):
         self._watch.require_unchanged()
         capture = self._live.capture()
         capture.rank_state.update(self._intake.capture())
+        capture.state["health"] = self._recovery.capture()
         return capture, self._progress.draft(reason, self._settings(), self._environment)
 
     def _settings(self) -> dict[str, Json]:

@@ -24,6 +24,7 @@ from dist_train.checkpoint.store import Store
 from dist_train.data import data_loader, evaluation_loader
 from dist_train.errors import ConfigError, StopReason
 from dist_train.field_docs import tell_fields
+from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping, Mean, Metric
 from dist_train.options import RunOptions, require_hang_timeout, require_times
 from dist_train.run import Run
@@ -75,9 +76,14 @@ class TrainConfig:
     launcher restarts them, end. "auto": 5 minutes for a step or a wait for data, or 12 times the usual one. A time
     given here ("10min") holds for these exactly. What compiles, saves, loads, evaluates or is the loop's own code (the
     first step, callbacks) has six times as long, or three times the longest seen. "off" watches nothing."""
+    requeue_exit: bool = False
+    """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
+    under plain torchrun, which restarts on any code but 0."""
     checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
+    health: HealthPolicy = field(default_factory=HealthPolicy)
+    """What happens where a gradient is not finite, or far larger than usual."""
     log_with: str | Sequence[str] | None = None
     """Trackers of Accelerate's, for instance `tensorboard` or `wandb`; they write into the run directory.
 
@@ -225,7 +231,7 @@ class Trainer:
             loss, _ = _split_outputs(self.loss(self.model, batch))
             accelerator.backward(loss * run.loss_weight)
             if accelerator.sync_gradients and self.config.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                run.tell_norm(accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
             self.optimizer.step()
             self.optimizer.zero_grad()
         due = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
@@ -286,12 +292,14 @@ class Trainer:
             resume=config.resume,
             options=RunOptions(
                 early_stopping=config.early_stopping,
+                health=config.health,
                 max_steps=config.max_steps,
                 log_every_steps=config.log_every_steps,
                 search=config.search,
                 max_time=config.max_time,
                 time_reserve=config.time_reserve,
                 hang_timeout=config.hang_timeout,
+                requeue_exit=config.requeue_exit,
                 config=asdict(config),
             ),
         )

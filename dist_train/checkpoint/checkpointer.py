@@ -102,6 +102,11 @@ class Checkpointer:
         self._fatal: DistTrainError | None = None
         self._keeper = Keeper(store, policy, lambda: self.is_lost)
 
+    def on_beat(self, listener: Callable[[int], None]) -> None:
+        """Calls `listener(attempt)` at each sign of life that the main rank gives, most in the heartbeat's thread."""
+        if self._ownership is not None:
+            self._ownership.on_beat = listener
+
     @property
     def problems(self) -> list[str]:
         """Checkpoints that could not be used at start, and why; for people."""

@@ -231,7 +231,6 @@ class Writer:
         started = time.monotonic()
         step = parse_step_name(job.target)
         self.writing = writing = Writing(global_step=step or 0, total=job.plan.num_bytes, started=started)
-        phases.reach(Point.WRITING)
         receipt = write_shards(self._store, job, writing.add)
         if job.manifest is None:
             return self._send(job, receipt)
@@ -292,10 +291,11 @@ def write_shards(store: Store, job: SaveJob, on_chunk: Callable[[memoryview], No
     """Writes and fsyncs this rank's files; the receipt says what was written or what went wrong."""
     files: dict[str, Json] = {}
     try:
+        phases.reach(Point.WRITING)
         for name in job.plan.files:
             entry = _write_file(store, f"{job.staging}/{name}", *job.image.file(name), on_chunk)
             files[name] = {"size": entry.size, "digest": entry.digest, "blocks": entry.blocks}
-    except OSError as error:
+    except Exception as error:  # also what is none of ours: the main rank would wait for this rank's receipt in vain
         return {"error": describe_error(error), "out_of_space": is_out_of_space(error)}
     return {"files": files, "rank_state": job.rank_state}
 

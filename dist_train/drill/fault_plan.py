@@ -86,6 +86,10 @@ class FaultPlan:
         """SIGTERM: the process is asked to leave, as by a platform that wants its machine back."""
         return self._add("terminate", rank, at_step=at_step, at_phase=at_phase, nth=nth)
 
+    def terminate_launcher(self, rank: Rank, *, at_step: int = 0, at_phase: str = AT_A_STEP, nth: int = 1) -> FaultPlan:
+        """SIGTERM to whoever started the rank's process: a launcher hands it on to its workers."""
+        return self._add("terminate_launcher", rank, at_step=at_step, at_phase=at_phase, nth=nth)
+
     def hang(
         self, rank: Rank, *, at_step: int = 0, at_phase: str = AT_A_STEP, nth: int = 1, seconds: float = HANG_SECONDS
     ) -> FaultPlan:

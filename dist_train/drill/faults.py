@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -15,7 +15,18 @@ Rank = int | Literal["all", "random"]
 
 SIGNALS: Final = {"kill": "SIGKILL", "stop": "SIGSTOP", "terminate": "SIGTERM"}
 """Faults that are a signal: the first rank that is there sends it, to itself and to all if they are meant."""
-KINDS: Final = (*SIGNALS, "hang", "raise_error", "exit", "fail_io", "kill_data_worker", "corrupt_newest")
+KINDS: Final = (
+    *SIGNALS,
+    "terminate_launcher",
+    "hang",
+    "raise_error",
+    "exit",
+    "fail_io",
+    "kill_data_worker",
+    "corrupt_newest",
+)
+OF_THE_MAIN_RANK: Final = (Point.BEFORE_COMMIT, Point.AFTER_COMMIT, Point.RETENTION)
+"""Only the main rank comes there; it sends another rank the signal that is meant for that moment."""
 MOMENTS: Final = (*(str(phase) for phase in Phase), *(str(point) for point in Point))
 
 
@@ -56,9 +67,15 @@ class Fault:
 
     def concerns(self, rank: int, world_size: int, seed: int) -> bool:
         """Whether that rank has to do with it; `random` is the same rank in every process and life."""
+        if self.kind in SIGNALS and self.at_phase in OF_THE_MAIN_RANK:
+            return rank == 0
+        return rank in self.targets(world_size, seed)
+
+    def targets(self, world_size: int, seed: int) -> Sequence[int]:
+        """The ranks that it is done to."""
         if self.rank == "random":
-            return rank == random.Random(f"{seed}-{self.number}").randrange(world_size)
-        return self.rank in ("all", rank)
+            return [random.Random(f"{seed}-{self.number}").randrange(world_size)]
+        return range(world_size) if self.rank == "all" else [self.rank]
 
     @property
     def is_done_by_each(self) -> bool:

@@ -17,12 +17,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
+
 from dist_train import phases
 from dist_train.checkpoint.store import Store
 from dist_train.drill.arrival import when_imported
 from dist_train.drill.fault_plan import FaultPlan
 from dist_train.drill.faults import SIGNALS, Fault
-from dist_train.drill.siblings import say_pid, signal_all
+from dist_train.drill.siblings import say_pid, signal_all, signal_rank
 from dist_train.phases import Phase
 
 _SLICE_SECONDS = 1.0
@@ -40,6 +42,7 @@ class Injector:
         """The `Run` that was entered last."""
         self._plan = plan
         self._rank = rank
+        self._world_size = world_size
         mine = [fault for fault in plan.faults if fault.concerns(rank, world_size, plan.seed)]
         self._pending = [fault for fault in mine if not plan.has_fired(fault, rank)]
         self._seen: dict[int, int] = {}
@@ -138,7 +141,9 @@ class Injector:
 
     def _do(self, fault: Fault) -> None:
         if fault.kind in SIGNALS:
-            self._send(signal.Signals[SIGNALS[fault.kind]], to_all=fault.rank == "all")
+            self._send(signal.Signals[SIGNALS[fault.kind]], fault)
+        elif fault.kind == "terminate_launcher":
+            os.kill(_launcher(), signal.SIGTERM)
         elif fault.kind == "hang":
             _hang(fault.seconds)
         elif fault.kind == "raise_error":
@@ -149,13 +154,14 @@ class Injector:
             os.kill(_data_workers()[0], signal.SIGKILL)
         elif fault.kind == "corrupt_newest":
             _flip_a_byte(_committed(self.run._store.root)[-1])
-            self._send(signal.SIGKILL, to_all=True)
+            signal_all(self._plan.folder, signal.SIGKILL)
 
-    def _send(self, what: signal.Signals, *, to_all: bool) -> None:
-        if to_all:
+    def _send(self, what: signal.Signals, fault: Fault) -> None:
+        if fault.rank == "all":
             signal_all(self._plan.folder, what)
-        else:
-            os.kill(os.getpid(), what)
+            return
+        for rank in fault.targets(self._world_size, self._plan.seed):
+            signal_rank(self._plan.folder, rank, what)
 
 
 def _hang(seconds: float) -> None:
@@ -163,6 +169,12 @@ def _hang(seconds: float) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, _SLICE_SECONDS))
+
+
+def _launcher() -> int:
+    """Process id of the launcher; a worker that was forked from a server of its launcher's is its grandchild."""
+    server = os.environ.get("DIST_TRAIN_LAUNCHER_PID")
+    return os.getppid() if server is None else psutil.Process(int(server)).ppid()
 
 
 def _data_workers() -> Sequence[int]:

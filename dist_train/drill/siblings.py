@@ -22,13 +22,20 @@ def say_pid(folder: Path, rank: int) -> None:
     draft.replace(folder / f"{_PREFIX}{rank}")
 
 
+def signal_rank(folder: Path, rank: int, what: signal.Signals) -> None:
+    """To one rank; nothing happens where it has not said who it is, or is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        pid, started = (folder / f"{_PREFIX}{rank}").read_text().split()
+        if _started(int(pid)) == started:
+            os.kill(int(pid), what)
+
+
 def signal_all(folder: Path, what: signal.Signals) -> None:
     """To every rank but this process, and then to this process."""
     for path in sorted(folder.glob(f"{_PREFIX}*")):
-        with contextlib.suppress(OSError, ValueError):
-            pid, started = path.read_text().split()
-            if int(pid) != os.getpid() and _started(int(pid)) == started:
-                os.kill(int(pid), what)
+        rank = path.name.removeprefix(_PREFIX)
+        if path.read_text().split()[0] != str(os.getpid()):
+            signal_rank(folder, int(rank), what)
     os.kill(os.getpid(), what)
 
 

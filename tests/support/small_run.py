@@ -140,14 +140,7 @@ class SmallRun:
             accelerator=self.accelerator,
             policy=self.policy,
             resume=self.resume,
-            options=RunOptions(
-                early_stopping=self.early_stopping,
-                max_steps=self.max_steps,
-                max_time=self.max_time,
-                search=self.search,
-                log_every_steps=self.log_every_steps,
-                open_store=self.open_store,
-            ),
+            options=self.options(),
         )
         for name, one in self.registered.items():
             run.register(name, one)
@@ -157,6 +150,16 @@ class SmallRun:
             for _ in run.epochs(self.epochs):
                 self._train_epoch(run, loader)
         return run
+
+    def options(self) -> RunOptions:
+        return RunOptions(
+            early_stopping=self.early_stopping,
+            max_steps=self.max_steps,
+            max_time=self.max_time,
+            search=self.search,
+            log_every_steps=self.log_every_steps,
+            open_store=self.open_store,
+        )
 
     def _train_epoch(self, run: Run, loader: Any) -> None:
         self.at_epoch(run)
