@@ -7,6 +7,7 @@ hangs may hold any lock. It saves nothing: whoever arms it has given the save it
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import os
 import signal
@@ -46,9 +47,10 @@ class Departure:
 
 def leave_now(why: str, exit_code: int, leave: Leave = os._exit) -> None:
     """Shows the stacks of all threads and ends this process; from any thread."""
-    print_text(f"Rank {os.environ.get('RANK', '0')} is ended now: {why}.", error=True)
-    with open(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w") as stream:
-        faulthandler.dump_traceback(stream, all_threads=True)
+    with contextlib.suppress(OSError, ValueError):  # whoever read the output may be gone
+        print_text(f"Rank {os.environ.get('RANK', '0')} is ended now: {why}.", error=True)
+        with open(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w") as stream:
+            faulthandler.dump_traceback(stream, all_threads=True)
     leave(exit_code)
 
 
