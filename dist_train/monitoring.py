@@ -23,6 +23,12 @@ class Monitoring:
             begun=True, run_dir=run_dir, attempt=attempt, global_step=global_step, committed_step=committed_step
         )
 
+    def begun_again(self, attempt: int, global_step: int, committed_step: int) -> None:
+        """The run has gone back to a checkpoint, as a new attempt in this process."""
+        phases.tell_step(global_step)
+        phases.switch(Phase.OTHER)
+        launched.note(attempt=attempt, global_step=global_step, committed_step=committed_step)
+
     def close(self) -> None:
         """Nothing is watched any more."""
         phases.switch(Phase.OUTSIDE)

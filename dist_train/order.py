@@ -230,6 +230,11 @@ class EpochLayout:
             ends_epoch=micro_step == self.num_micro_steps - 1,
         )
 
+    def window_of(self, micro_step: int) -> tuple[int, int]:
+        """The places in the epoch of the window that a micro-step belongs to: the first, and the one after the last."""
+        first = self.start + micro_step // self.accumulation_steps * self.global_batch_size
+        return first, min(first + self.global_batch_size, self.start + self._left)
+
     @property
     def _step_samples(self) -> int:
         return self.world_size * self.micro_batch_size

@@ -104,7 +104,11 @@ class Run(Standing):
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
-        self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
+        health = self._options.health
+        clean_steps = health.clean_steps if health.rolls_back else None
+        self._checkpointer = Checkpointer(
+            self._store, self.world, self._policy, search=self._options.search, clean_steps=clean_steps
+        )
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._monitoring = Monitoring()
@@ -117,7 +121,7 @@ class Run(Standing):
         self._intake = Intake(
             self._feed,
             self._progress,
-            should_stop=lambda: self.should_stop,
+            should_stop=lambda: self.should_stop or self._recovery.is_rolling_back,
             show_replay=self._reporter.replay,
             drop_window=self._live.drop_gradients,
         )
@@ -144,6 +148,7 @@ class Run(Standing):
             self._checkpointer,
             self._progress,
             self._reporter,
+            self._intake,
             own_gradients=self._options.own_gradients,
         )
         self._boundary.is_sound = self._recovery.is_sound
@@ -160,24 +165,41 @@ class Run(Standing):
         for model in self._models.values():
             fix_bucket_layout(model)
         try:
-            self._beginning.enter(self._resume, self._environment, self.device)
-            self._intake.restore(self._beginning.rank_states, self.world.rank, self.world.world_size)
-            self._tracking.start(
-                self._checkpointer.run_id, self._progress.now, self._config, self._beginning.origin_of_run
-            )
+            self._take_up(self._resume)
         except BaseException as error:
             launched.note_error(error)
             self._checkpointer.close(failed=True)
             raise
         self._place = misuse.note_open(self.run_dir, self)
-        self._boundary.open(self._beginning.saved_step)
-        self._rate.open()
-        self._recovery.restore(self._beginning.health, [])
-        self._recovery.open()
         self._monitoring.open(self.run_dir, self.attempt, self.global_step, self._beginning.saved_step)
         self._entered = True
         self._ending.write_status("running")
         return self
+
+    def _take_up(self, resume: str) -> None:
+        """The directory is this attempt's, and everything is as a checkpoint says. Collective."""
+        self._beginning.enter(resume, self._environment, self.device)
+        self._intake.restore(self._beginning.rank_states, self.world.rank, self.world.world_size)
+        self._recovery.restore(self._beginning.health, self._checkpointer.skip_recorded)
+        progress, origin = self._progress.now, self._beginning.origin_of_run
+        self._tracking.start(self._checkpointer.run_id, progress, self._config, origin)
+        self._boundary.open(self._beginning.saved_step)
+        self._rate.open()
+        self._recovery.open()
+
+    def _roll_back(self) -> None:
+        """Goes back to the checkpoint that was decided on, as a new attempt in this process. Collective."""
+        self._recovery.close()
+        self._rate.close()
+        self._tracking.finish()
+        self._boundary.report(self._checkpointer.close())
+        self._intake.end_epoch()
+        self._recovery.put_back()
+        self._take_up("must")
+        self._beginning.begin(self._settings()["config"], [])
+        self._monitoring.begun_again(self.attempt, self.global_step, self._beginning.saved_step)
+        self._ending.write_status("running")
+        self._callbacks.tell("resumed", path=self.resumed_from or "")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -230,6 +252,8 @@ class Run(Standing):
             raise ConfigError("run.epochs() was called inside its own loop; one loop goes over the epochs of a run.")
         self._begin(count)
         while self.epochs_completed < count and not self.should_stop:
+            if self._recovery.is_rolling_back:
+                self._roll_back()
             self._intake.begin_epoch()
             self._beginning.restore_rng(for_good=not self._intake.is_mid_epoch)
             before = self._progress.now
@@ -238,6 +262,8 @@ class Run(Standing):
                 yield self.epoch
             finally:
                 self._in_epoch = False
+            if self._recovery.is_rolling_back:
+                continue
             if self._progress.now == before and not (self._intake.has_ended or self.should_stop):
                 raise ConfigError(
                     f"Epoch {self.epoch + 1} trained nothing: iterate `run.batches(loader)` over the training loader "
@@ -380,7 +406,7 @@ class Run(Standing):
             is_last=self.epochs_completed >= self._reporter.epochs,
             evaluation_is_near=not self._feed.knows_epoch_end,
         )
-        if self._boundary.is_leaving and not evaluated:
+        if (self._boundary.is_leaving or self._recovery.is_rolling_back) and not evaluated:
             self._intake.epoch_is_complete = False
         if self._boundary.stop is not None:
             self._callbacks.tell_of_stop(self._boundary.stop)

@@ -67,6 +67,7 @@ LEVEL_OF_MODULE = {
     "ending": PARTS,
     "intake": PARTS,
     "ledger": PARTS,
+    "construction": PARTS,
     "recovery": PARTS,
     "misuse": PARTS,
     "monitoring": PARTS,
