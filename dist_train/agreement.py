@@ -28,6 +28,13 @@ class Agreed:
     time_is_up: bool = False
     failed: bool = False
     committed_step: int = -1
+    signal: int = 0
+    """The number of the signal that told a rank to leave."""
+
+
+def strongest(*reasons: StopReason | None) -> StopReason | None:
+    """What ranks that wish different ends agree on."""
+    return max((one for one in reasons if one), key=_REASONS.index, default=None)
 
 
 class Agreement:
@@ -55,7 +62,7 @@ class Agreement:
         started = self._clock()
         stop = _REASONS.index(mine.stop) + 1 if mine.stop else 0
         interval = self._wanted if self._world.is_main else 0
-        vector = [stop, mine.save_requested, mine.time_is_up, mine.failed, mine.committed_step, interval]
+        vector = [stop, mine.save_requested, mine.time_is_up, mine.failed, mine.committed_step, interval, mine.signal]
         agreed = self._world.max(vector, "whether to save or stop")
         self._choose_interval(started, agreed[5])
         return Agreed(
@@ -64,6 +71,7 @@ class Agreement:
             time_is_up=bool(agreed[2]),
             failed=bool(agreed[3]),
             committed_step=agreed[4],
+            signal=agreed[6],
         )
 
     def _choose_interval(self, started: float, agreed: int) -> None:

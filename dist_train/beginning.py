@@ -53,6 +53,7 @@ class Beginning:
         self._rng: Json = None
         self._again = ""
         self._told = differences.Differences()
+        self._branches = False
 
     @property
     def resumed_from(self) -> str | None:
@@ -73,6 +74,15 @@ class Beginning:
         """The step that this run directory holds already, -1 where there is none."""
         here = self.opened is not None and self.opened.origin is self._store
         return self._progress.now.global_step if here else -1
+
+    @property
+    def state_of(self) -> dict[str, Json]:
+        """Whose state the attempt begins with: `attempt` (None: of none or of another directory) and `global_step`, and
+        whether that begins a `branch`.
+        """
+        here = self.opened is not None and self.opened.origin is self._store
+        attempt = self.opened.manifest.attempt if self.opened is not None and here else None
+        return {"attempt": attempt, "global_step": self._progress.now.global_step, "branch": self._branches}
 
     @property
     def origin_of_run(self) -> Store | None:
@@ -97,7 +107,8 @@ class Beginning:
             self._reporter.events.write("started", world_size=self._world.world_size, environment=environment)
             differences.warn_of_inexact_device(device)
         self._reporter.problems(self._checkpointer.problems)
-        if self._checkpointer.settle_branch():
+        self._branches = self._checkpointer.settle_branch()
+        if self._branches:
             step = self._progress.now.global_step
             self._reporter.events.write("branched", path=self.resumed_from, global_step=step)
 
@@ -145,6 +156,7 @@ class Beginning:
             notes: what else is to be told, one sentence each.
         """
         if self.opened is None:
+            self._reporter.notes(notes)
             return
         manifest, told = self.opened.manifest, self._told
         differences.warn_of_unregistered(self.opened.path, manifest.state, self._live.registered)

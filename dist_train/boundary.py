@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from signal import Signals
 
 from dist_train import launched, phases
-from dist_train.agreement import Agreed, Agreement
+from dist_train.agreement import Agreed, Agreement, strongest
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed
 from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
 from dist_train.health.deadline import Deadline, session_start
+from dist_train.health.preemption import Preemption
 from dist_train.phases import Phase
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
@@ -26,6 +28,7 @@ from dist_train.state import Capture
 from dist_train.units import parse_seconds
 from dist_train.world import World, launcher_is_gone
 
+_LEAVING = (StopReason.PREEMPTED, StopReason.INTERRUPTED)
 Snapshot = Callable[[str], tuple[Capture, Draft]]
 
 
@@ -35,6 +38,7 @@ class Boundary:
     Args:
         snapshot: what to save now, given the reason; collective.
         deadline: of the session; only the main rank's has a limit.
+        preemption: whether this rank was told to leave.
         max_steps: stop as done after this many optimizer updates.
         on_commit: told of each durable checkpoint, and whether an error is ending the run; on the main rank.
     """
@@ -49,6 +53,7 @@ class Boundary:
         *,
         snapshot: Snapshot,
         deadline: Deadline,
+        preemption: Preemption,
         max_steps: int | None,
         on_commit: Callable[[Committed, bool], None],
     ) -> None:
@@ -71,6 +76,8 @@ class Boundary:
         self._reporter = reporter
         self._snapshot = snapshot
         self._deadline = deadline
+        self._preemption = preemption
+        self._told_of_signal = ""
         self._max_steps = max_steps
         self._on_commit = on_commit
         self._agreement = Agreement(world)
@@ -123,12 +130,45 @@ class Boundary:
         steps = 0 if evaluation_is_next else self._agreement.interval
         evaluation = evaluation_is_next or evaluation_is_near
         over = not nothing_follows and self._deadline.is_over(steps=steps, evaluation=evaluation)
-        wish = self.stop_wish or (StopReason.TIME_LIMIT if over else None)
+        told = self.hear() and not nothing_follows
+        wish = strongest(self.stop_wish, self._preemption.reason if told else None)
+        wish = wish or (StopReason.TIME_LIMIT if over else None)
         agreed = self._exchange(wish, force=ends_epoch or self._save_requested)
         self._raise_failures(agreed)
         if self.reached_max_steps and not self.saves_are_over:  # a run that goes back takes steps off
             self.stop = self.stop or StopReason.DONE
         return agreed
+
+    def hear(self) -> bool:
+        """Whether this rank was told to leave; the first to ask has it said."""
+        if self._preemption.signal is None:
+            return False
+        if not self._told_of_signal:
+            self._told_of_signal = self._preemption.signal.name
+            self._reporter.told_to_leave(self._told_of_signal)
+        return True
+
+    def stop_alone(self) -> bool:
+        """Between two updates: a single process that was told to leave need not train on to its next boundary."""
+        if self._world.world_size == 1 and self.hear() and self.stop is None:
+            self.stop = strongest(self.stop_wish, self._preemption.reason)
+            self._settle(self._told_of_signal)
+        return self.stop is not None
+
+    def agree_on_cut(self, is_cut: bool) -> bool:
+        """Whether a signal has ended the evaluation early on any rank; then it counts for nothing. Collective."""
+        cut = bool(self._world.max([is_cut], "whether the evaluation is complete")[0])
+        if cut and self.stop is StopReason.DONE:
+            self.stop = None  # without its evaluation the run is not done
+        return cut
+
+    def _settle(self, name: str) -> None:
+        """The ranks stop because one of them was told to."""
+        self._preemption.settle()
+        if not self._told_of_signal:
+            self._told_of_signal = name
+            self._reporter.told_to_leave(name)
+        self._reporter.events.write("preempted", signal=name, global_step=self._step)
 
     def save_if_due(self, agreed: Agreed, *, ends_epoch: bool, evaluated: bool) -> None:
         """What the policy says of this moment. Collective."""
@@ -210,6 +250,13 @@ class Boundary:
         pending = self._progress.now.evaluation == "pending"
         self._reporter.time_limit(self._deadline, self.committed_step, evaluation_pending=pending)
 
+    def report_signal(self) -> None:
+        """Why the run stopped before its end, if a signal was why."""
+        if self._told_of_signal:
+            pending = self._progress.now.evaluation == "pending"
+            step, committed = self._step, self.committed_step
+            self._reporter.left_early(self._told_of_signal, step, committed, evaluation_pending=pending)
+
     def _exchange(self, stop: StopReason | None, *, force: bool) -> Agreed:
         due = self._agreement.is_due()
         if not (due or force):
@@ -221,11 +268,14 @@ class Boundary:
                 time_is_up=self._time_is_up(),
                 failed=self._checkpointer.must_end or launcher_is_gone(),
                 committed_step=self._checkpointer.committed_step,
+                signal=int(self._preemption.signal or 0) if stop in _LEAVING else 0,
             )
         )
+        if agreed.signal and self.stop is None and agreed.stop in _LEAVING:
+            self._settle(Signals(agreed.signal).name)
         self.stop = self.stop or agreed.stop
         self._committed_step = agreed.committed_step
-        launched.note(committed_step=self.committed_step)
+        launched.note_progress(self._step, self.committed_step)
         return agreed
 
     def _time_is_up(self) -> bool:

@@ -13,17 +13,18 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_train.commands import compare, exchange, keep, look
+from dist_train.commands import compare, drill, exchange, keep, launch, look, report
 from dist_train.commands.command import refuse
 from dist_train.errors import DistTrainError, ExitCode
 
-_FAMILIES = (look, keep, compare, exchange)
+_FAMILIES = (launch, look, report, keep, compare, exchange, drill)
 _EXAMPLES = """\
 examples:
   dist-train ls runs/ultra                        what there is, oldest first
   dist-train show runs/ultra                      the run and its newest checkpoint
   dist-train show runs/ultra --checkpoint best    the one with the best metric
   dist-train show runs/ultra --plot               a picture of loss and metrics, ultra.png
+  dist-train report runs/ultra                    where its time went, and why it restarted
   dist-train verify runs/ultra                    read every byte, name what is wrong
   dist-train prune runs/ultra                     what the policy would delete
   dist-train pin runs/ultra best                  never delete this one
@@ -32,6 +33,7 @@ examples:
   dist-train export runs/ultra best               a .pth that plain torch loads
   dist-train import old.pth --run runs/ultra      go on from an old script's file
   dist-train pack runs/ultra                      best and latest as a zip to download
+  dist-train drill -- train.py --lr 3e-4          kill your script, prove that it resumes
 
 exit codes: 0 all is well; 1 something is wrong: damage, no such run, no
 checkpoint; 2 wrong usage. Only import, prune --yes, pin and unpin change a run,

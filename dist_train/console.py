@@ -172,6 +172,11 @@ class _Lines:
             self._unwritten.append(json.dumps(finite(line)) + "\n")
             self.flush()
 
+    @property
+    def is_written(self) -> bool:
+        """Whether nothing waits for a disk that has room again."""
+        return not self._unwritten
+
     def flush(self) -> None:
         """Training goes on where this fails."""
         if not self._unwritten:
@@ -192,6 +197,11 @@ class EventLog:
 
     def write(self, event: str, **fields: Json) -> None:
         self._lines.add({"time": time.time(), "attempt": self.attempt, "event": event, **fields})
+
+    @property
+    def is_written(self) -> bool:
+        """Whether every event so far is in the file."""
+        return self._lines.is_written
 
 
 class MetricsLog:

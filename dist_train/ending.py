@@ -6,15 +6,21 @@ error is told and goes on. Where a newer attempt owns the directory, nothing is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from dist_train import launched
 from dist_train.boundary import Boundary
 from dist_train.checkpoint.checkpointer import Checkpointer
-from dist_train.errors import EXIT_CODES, RunInUseError, StopReason
+from dist_train.errors import ExitCode, RunInUseError, StopReason
+from dist_train.health.leaving import leave_by
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.tracking import Tracking
+from dist_train.world import has_lost_peers
+
+LONELY_SECONDS = 20.0
+"""For a rank that has lost the others: its own end, a save that is complete finished; then it must not hang."""
 
 
 class Ending:
@@ -22,6 +28,7 @@ class Ending:
 
     Args:
         on_stop: told of the reason, before the last save.
+        requeue_exit: a run that only ran out of time ends with 75.
     """
 
     def __init__(
@@ -32,6 +39,8 @@ class Ending:
         reporter: Reporter,
         tracking: Tracking,
         on_stop: Callable[[StopReason], None],
+        *,
+        requeue_exit: bool = False,
     ) -> None:
         self.reason: StopReason | None = None
         """Why the attempt ended, None while it lives."""
@@ -41,11 +50,12 @@ class Ending:
         self._reporter = reporter
         self._tracking = tracking
         self._on_stop = on_stop
+        self._requeue_exit = requeue_exit
 
     @property
     def exit_code(self) -> int:
         """For `sys.exit`."""
-        return int(EXIT_CODES[self.reason]) if self.reason else 1
+        return launched.exit_code(self.reason, requeue=self._requeue_exit) if self.reason else 1
 
     def leave(self, error: BaseException | None, *, in_window: bool) -> None:
         """Collective, unless there is an error."""
@@ -74,14 +84,20 @@ class Ending:
         self._tracking.finish()
         if self.reason is StopReason.TIME_LIMIT:
             self._boundary.report_time_limit()
+        if self.reason in (StopReason.PREEMPTED, StopReason.INTERRUPTED):
+            self._boundary.report_signal()
 
     def _leave_after(self, error: BaseException) -> None:
         """Finishes the save in flight, without waiting long for ranks that may be dead; the error goes on."""
         self.reason = StopReason.INTERRUPTED if isinstance(error, KeyboardInterrupt) else StopReason.ERROR
-        launched.note_error(error)
+        lonely = has_lost_peers(error)
+        launched.note_error(error, secondary=lonely)
+        if lonely and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave_by(LONELY_SECONDS, "it has lost the other ranks", int(ExitCode.ERROR))
         self._boundary.report(self._checkpointer.close(failed=True), after_error=True)
         self._tell_launcher()
-        if not isinstance(error, RunInUseError):
+        # A rank 0 that was cut off, or stood still, wakes up beside the attempt that goes on without it.
+        if not (isinstance(error, RunInUseError) or self._checkpointer.is_lost):
             step = self._progress.now.global_step
             self._reporter.events.write("stopped", reason=self.reason, global_step=step, error=_one_line(error))
             self.write_status(self.reason, error=_one_line(error))

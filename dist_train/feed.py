@@ -172,6 +172,8 @@ class BatchFeed:
                 self.micro = self._weighed(micro, layout)
                 end.end_of_dataloader = self.micro.ends_epoch
                 batch = next(batches)
+                if not self.in_window and should_stop():  # alone, and told to leave during the wait
+                    return
                 self._consumed = False
                 moved = move_batch(batch, self._device)
                 phases.switch(Phase.STEP)

@@ -18,6 +18,7 @@ from dist_train import differences
 from dist_train.checkpoint.manifest import Progress
 from dist_train.data import describe_sampler, training_sampler
 from dist_train.errors import ConfigError
+from dist_train.evaluation import Cut
 from dist_train.feed import BatchFeed
 from dist_train.ledger import SkipLedger, Unit, Window
 from dist_train.order import MicroBatch
@@ -33,6 +34,9 @@ class Intake:
 
     Args:
         should_stop: agreed by all ranks.
+        stops_here: that, or a reason to stop before the next batch is trained on.
+        cut: of an evaluation, by a signal.
+        is_told: whether this rank was told to leave.
         show_replay: told (batches replayed, batches to replay).
         drop_window: called when an epoch has ended inside a window.
     """
@@ -43,6 +47,9 @@ class Intake:
         progress: RunProgress,
         *,
         should_stop: Callable[[], bool],
+        stops_here: Callable[[], bool],
+        cut: Cut,
+        is_told: Callable[[], bool],
         show_replay: Callable[[int, int], None],
         drop_window: Callable[[], None],
     ) -> None:
@@ -52,6 +59,9 @@ class Intake:
         self._feed = feed
         self._progress = progress
         self._should_stop = should_stop
+        self._stops_here = stops_here
+        self._cut = cut
+        self._is_told = is_told
         self._show_replay = show_replay
         self._drop_window = drop_window
         self.ledger = SkipLedger()
@@ -70,12 +80,17 @@ class Intake:
     # Saving and restoring
 
     def fit(self) -> list[str]:
-        """Ends an epoch whose data has become shorter than the position in it; returns what to say."""
+        """Ends an epoch whose data has become shorter than the position in it. Returns what to say of that, and of
+        windows that these ranks do not share evenly.
+        """
         sampler, now = training_sampler(self.loader), self._progress.now
-        if sampler is None or not now.samples_into_epoch:
+        if sampler is None:
             return []
+        uneven = [text for text in [sampler.layout.describe_uneven()] if text]
+        if not now.samples_into_epoch:
+            return uneven
         sampler.set_position(epoch=now.epoch)  # the user's own order may be of another length in each epoch
-        return self._progress.fit_into(sampler.layout.num_samples)
+        return uneven + self._progress.fit_into(sampler.layout.num_samples)
 
     def describe(self) -> dict[str, Json]:
         """What decides which samples are used when."""
@@ -191,11 +206,11 @@ class Intake:
         assert sampler is not None
         sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
         self.epoch_is_complete = sampler.layout.num_micro_steps == 0
-        return self._feed.training_batches(self.loader, sampler.layout, self._should_stop)
+        return self._feed.training_batches(self.loader, sampler.layout, self._stops_here)
 
     def _user_batches(self, user: UserLoader) -> Iterator[Any]:
         is_complete = user.is_exhausted or self._progress.now.evaluation == "pending"
-        batches = self._feed.user_batches(user, self._should_stop, is_complete=is_complete)
+        batches = self._feed.user_batches(user, self._stops_here, is_complete=is_complete)
         return self._until_exhausted(user, batches, is_complete=is_complete)
 
     def _until_exhausted(self, user: UserLoader, batches: Iterator[Any], *, is_complete: bool) -> Iterator[Any]:
@@ -230,4 +245,5 @@ class Intake:
             self.epoch_is_complete = self.epoch_is_complete and not cut
             return cut
 
-        return self._feed.plain_batches(loader, should_stop)
+        batches = self._feed.plain_batches(loader, should_stop)
+        return batches if self.loader is None else self._cut.watched(batches, self._is_told)

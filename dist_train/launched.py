@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import errors
+from dist_train.errors import EXIT_CODES, ExitCode, StopReason
 
 Json = Any
 LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
 """Environment variable: folder for the notes of the worker group's present life; set by `dist-train launch`."""
 
+PROGRESS_SECONDS = 0.25
+"""Between notes of steps that committed nothing."""
+
 _noted: dict[str, Json] = {}
+_progress_at = 0.0
 
 
 def by_dist_train() -> bool:
@@ -33,6 +38,23 @@ def by_dist_train() -> bool:
 def by_elastic() -> bool:
     """Whether torchrun's agent did, or one that stands on it: it restarts on every exit code but 0."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def exit_code(reason: StopReason, *, requeue: bool = False) -> int:
+    """What a run that ended so tells whoever started it.
+
+    Plain torchrun restarts on every code but 0: there, what is to stay stopped is 0, and status.json says why. Not so
+    an interruption: its agent was interrupted, too, and restarts nothing.
+
+    Args:
+        requeue: a run that only ran out of time ends with REQUEUE, for a scheduler that starts it again.
+    """
+    restarts_on_any = by_elastic() and not by_dist_train()
+    if reason in (StopReason.PREEMPTED, StopReason.TIME_LIMIT) and requeue and not restarts_on_any:
+        return int(ExitCode.REQUEUE)
+    if reason is StopReason.DIVERGED and restarts_on_any:
+        return int(ExitCode.OK)
+    return int(EXIT_CODES[reason])
 
 
 def note(**fields: Json) -> None:
@@ -50,14 +72,23 @@ def note(**fields: Json) -> None:
         draft.replace(path)
 
 
-def note_error(error: BaseException) -> None:
+def note_progress(global_step: int, committed_step: int) -> None:
+    """Where the run stands: told at once when something was committed, else now and then."""
+    global _progress_at
+    now = time.monotonic()
+    if committed_step != _noted.get("committed_step") or now - _progress_at >= PROGRESS_SECONDS:
+        _progress_at = now
+        note(global_step=global_step, committed_step=committed_step)
+
+
+def note_error(error: BaseException, *, secondary: bool = False) -> None:
     """Why this rank ends: whether it only lost the others, and whether another start could help."""
     note(
         error={
             "type": type(error).__name__,
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error)),
-            "secondary": isinstance(error, (errors.DeadlineError, errors.LauncherLostError)),
+            "secondary": secondary or isinstance(error, (errors.DeadlineError, errors.LauncherLostError)),
             "final": isinstance(error, _FINAL) or (isinstance(error, SystemExit) and error.code == 2),
         }
     )
@@ -68,10 +99,8 @@ _FINAL = (
     errors.StateMismatchError,
     errors.FormatVersionError,
     errors.UnsaveableStateError,
-    SyntaxError,
-    ImportError,
 )
-"""Mistakes of the script or its settings: the next start would make them, too."""
+"""Mistakes of the script or its settings, recognised by the run: the next start would make them, too."""
 
 
 def read_notes(folder: str | os.PathLike[str]) -> dict[int, dict[str, Json]]:

@@ -1,5 +1,6 @@
 """What watches one attempt from its entry to its end, in one place: each part is opened, asked and closed here.
 
+    enter  the run directory is about to be taken over: time is measured from here, and from the process's start
     open   the run was entered: the launcher is told of it
     close  the `with Run` block was left, however: nothing that watches outlives it
 
@@ -9,26 +10,74 @@ Invariant: what is open is closed, also after an error. It decides nothing: the 
 from __future__ import annotations
 
 from dist_train import launched, phases
+from dist_train.beginning import Beginning
+from dist_train.checkpoint.checkpointer import Checkpointer
+from dist_train.health.preemption import Preemption
+from dist_train.options import RunOptions
 from dist_train.phases import Phase
+from dist_train.reporter import Reporter
+from dist_train.time_ledger import TimeLedger
+from dist_train.units import parse_seconds
 
 
 class Monitoring:
     """The watchers of one run."""
 
-    def open(self, run_dir: str, attempt: int, global_step: int, committed_step: int) -> None:
-        """The run stands at `global_step`; its loop comes next."""
+    def __init__(self, options: RunOptions, checkpointer: Checkpointer, reporter: Reporter) -> None:
+        world = checkpointer.world
+        grace = None if options.grace is None else parse_seconds(options.grace)
+        self.preemption = Preemption(grace_seconds=grace, several=world.world_size > 1)
+        self._checkpointer = checkpointer
+        self._reporter = reporter
+        self.ledger: TimeLedger | None = None
+        """The account of this attempt's time; the main rank's."""
+        if world.is_main:
+            self._open_account()
+
+    def _open_account(self) -> None:
+        store, events, checkpointer = self._checkpointer.store, self._reporter.events, self._checkpointer
+        self.ledger = TimeLedger(store, events, is_lost=lambda: checkpointer.is_lost)
+        checkpointer.on_beat(self.ledger.beat)
+        self._reporter.spent_at = self.ledger.committed
+
+    def enter(self) -> None:
+        """Before anything of the run directory is touched."""
+        if self.ledger is not None:
+            self.ledger.enter()
+
+    def open(self, run_dir: str, attempt: int, beginning: Beginning) -> None:
+        """The run's state is restored; its loop comes next."""
+        state, committed_step = beginning.state_of, beginning.saved_step
+        global_step = state["global_step"]
         phases.tell_step(global_step)
         phases.switch(Phase.OTHER)
+        self.preemption.open()
         launched.note(
             begun=True, run_dir=run_dir, attempt=attempt, global_step=global_step, committed_step=committed_step
         )
+        if self.ledger is not None:
+            self.ledger.open(attempt, state)
 
-    def begun_again(self, attempt: int, global_step: int, committed_step: int) -> None:
-        """The run has gone back to a checkpoint, as a new attempt in this process."""
-        phases.tell_step(global_step)
+    def end_attempt(self) -> None:
+        """The run goes back to a checkpoint, as a new attempt in this process. The directory was given back."""
+        if self.ledger is not None:
+            self.ledger.close(self._checkpointer.attempt)
+            self._open_account()
+            self.ledger.enter()
+
+    def begin_attempt(self, attempt: int, beginning: Beginning) -> None:
+        """It has: everything is restored, and its loop goes on."""
+        phases.tell_step(beginning.state_of["global_step"])
         phases.switch(Phase.OTHER)
-        launched.note(attempt=attempt, global_step=global_step, committed_step=committed_step)
+        launched.note(
+            attempt=attempt, global_step=beginning.state_of["global_step"], committed_step=beginning.saved_step
+        )
+        if self.ledger is not None:
+            self.ledger.open(attempt, beginning.state_of)
 
     def close(self) -> None:
         """Nothing is watched any more."""
+        self.preemption.close()
+        if self.ledger is not None:
+            self.ledger.close(self._checkpointer.attempt)
         phases.switch(Phase.OUTSIDE)

@@ -35,6 +35,12 @@ class RunOptions:
     from DIST_TRAIN_SESSION_START (Unix time) where that is set, else from the start of the launcher."""
     time_reserve: str | float | None = None
     """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
+    requeue_exit: bool = False
+    """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
+    under plain torchrun, which restarts on any code but 0."""
+    grace: str | float | None = None
+    """How long a rank that was told to leave may take to a step boundary, before it is ended without one; None takes
+    DIST_TRAIN_GRACE (seconds), else 28 s under torchrun, which kills after 30, and 10 minutes elsewhere."""
     own_gradients: bool = False
     """The loop averages the gradients over the processes by itself: a trained model may then be wrapped by nothing
     that does."""
@@ -44,14 +50,17 @@ class RunOptions:
     """Where the run directory lives."""
 
     def __post_init__(self) -> None:
-        require_times("RunOptions", self.max_time, self.time_reserve)
+        require_times("RunOptions", self.max_time, self.time_reserve, self.grace)
 
 
-def require_times(owner: str, max_time: str | float | None, time_reserve: str | float | None) -> None:
-    """Raises ConfigError for a `max_time` or `time_reserve` that is none, in the name of the class it was given to."""
+def require_times(
+    owner: str, max_time: str | float | None, time_reserve: str | float | None, grace: str | float | None = None
+) -> None:
+    """Raises ConfigError for what is no such time, in the name of the class it was given to."""
     for name, value, least in (
         ("max_time", max_time, "longer than nothing"),
         ("time_reserve", time_reserve, "0 or more"),
+        ("grace", grace, "longer than nothing"),
     ):
         if value is None:
             continue
@@ -59,5 +68,5 @@ def require_times(owner: str, max_time: str | float | None, time_reserve: str | 
             seconds = parse_seconds(value)
         except ConfigError as error:
             raise ConfigError(f"{owner}.{name}: {error}") from None
-        if seconds < 0 or (name == "max_time" and seconds == 0):
+        if seconds < 0 or (name != "time_reserve" and seconds == 0):
             raise ConfigError(f"{owner}.{name} is {value!r}; it must be {least}, for instance '11h30m'.")

@@ -176,7 +176,8 @@ class EpochLayout:
     """Which positions of an epoch's order go to which rank at which micro-step. Pure arithmetic.
 
     A window is the samples of one optimizer update: the next `global_batch_size` positions, whatever the world size.
-    Each of its micro-steps takes the next `world_size * micro_batch_size` of them, split over the ranks in rank order.
+    It takes as few micro-steps as `micro_batch_size` allows; they share it evenly, and so do the ranks of each, in rank
+    order: no share is larger than another by more than one sample, so that none is needlessly small for a BatchNorm.
     """
 
     num_samples: int  # of the whole epoch
@@ -216,17 +217,17 @@ class EpochLayout:
             )
         window, step = divmod(micro_step, self.accumulation_steps)
         window_samples = min(self.global_batch_size, self._left - window * self.global_batch_size)
-        first = step * self._step_samples
-        count = min(self._step_samples, window_samples - first)
-        share = split(count, rank, self.world_size)
-        start = self.start + window * self.global_batch_size + first + (share.start if share else 0)
+        passes = -(-window_samples // self._step_samples)
+        part = split(window_samples, step, passes)
+        share = split(len(part), rank, self.world_size)
+        start = self.start + window * self.global_batch_size + part.start + (share.start if share else 0)
         return MicroBatch(
             start=start,
             stop=start + max(len(share), 1),
             weight=len(share) * self.world_size * self.accumulation_steps / window_samples,
             num_samples=len(share),
             window_samples=window_samples,
-            ends_window=first + count == window_samples,
+            ends_window=step == passes - 1,
             ends_epoch=micro_step == self.num_micro_steps - 1,
         )
 
@@ -234,6 +235,20 @@ class EpochLayout:
         """The places in the epoch of the window that a micro-step belongs to: the first, and the one after the last."""
         first = self.start + micro_step // self.accumulation_steps * self.global_batch_size
         return first, min(first + self.global_batch_size, self.start + self._left)
+
+    def describe_uneven(self) -> str:
+        """How a full window is shared out where not all shares are equal; empty where they are."""
+        passes, ranks = self.accumulation_steps, f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        least, some_have_more = divmod(self.global_batch_size, passes * self.world_size)
+        if not some_have_more:
+            return ""
+        made_of = f"{passes} passes" if passes > 1 else "one pass"
+        idle = "" if least else " (a rank without one looks at a sample that counts nothing)"
+        return (
+            f"The global batch of {self.global_batch_size} samples does not divide evenly on {ranks}: an update is "
+            f"{made_of} of {least + 1} and {least} samples a rank{idle}, weighted, so that it is that of the whole "
+            f"global batch and each sample counts once."
+        )
 
     @property
     def _step_samples(self) -> int:

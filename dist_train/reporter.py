@@ -53,6 +53,8 @@ class Reporter:
         self._run_dir = run_dir
         self.loss: float | None = None
         """Training loss as of the last record."""
+        self.spent_at: Callable[[int], Mapping[str, float] | None] = lambda global_step: None
+        """What the attempt had spent its time on when it took the state of a checkpoint that is durable now."""
         self._stalls: dict[int, float] = {}
         self._clock = clock
         self._shown_at = float("-inf")
@@ -92,6 +94,13 @@ class Reporter:
         for line in _table(changes):
             self.console.say(line)
         for note in told.notes:
+            self.console.say(note)
+
+    def notes(self, notes: Sequence[str]) -> None:
+        """What people should know of a fresh start, one sentence each; that of a resume is told with it."""
+        if notes:
+            self.events.write("noted", notes=list(notes))
+        for note in notes:
             self.console.say(note)
 
     def problems(self, problems: Sequence[str]) -> None:
@@ -204,13 +213,25 @@ class Reporter:
 
     def time_limit(self, deadline: Deadline, committed_step: int, *, evaluation_pending: bool) -> None:
         """Why the run stopped before its end, what is saved, and how it goes on."""
-        saved = f"the newest checkpoint is step {committed_step}" if committed_step >= 0 else "nothing is saved yet"
-        first = ", which begins with the evaluation that is pending" if evaluation_pending else ""
         advice = "" if deadline.has_stepped else " There was no time for a single step: give max_time more of it."
         self.console.say(
-            f"Time limit: {deadline.why}. In {self._run_dir} {saved}. Run the same command (or notebook) again to go "
-            f"on from there{first}.{advice}"
+            f"Time limit: {deadline.why}. {self._how_to_go_on(committed_step, evaluation_pending)}{advice}"
         )
+
+    def told_to_leave(self, name: str) -> None:
+        """At once, as far as the main thread can; `name` is the signal's."""
+        self.console.end_live()
+        self.console.say(f"{name}: saving at the next step boundary and stopping.")
+
+    def left_early(self, name: str, global_step: int, committed_step: int, *, evaluation_pending: bool) -> None:
+        """As `time_limit`, after a signal."""
+        after = self._how_to_go_on(committed_step, evaluation_pending)
+        self.console.say(f"Stopped by {name} after step {global_step}. {after}")
+
+    def _how_to_go_on(self, committed_step: int, evaluation_pending: bool) -> str:
+        saved = f"the newest checkpoint is step {committed_step}" if committed_step >= 0 else "nothing is saved yet"
+        first = ", which begins with the evaluation that is pending" if evaluation_pending else ""
+        return f"In {self._run_dir} {saved}. Run the same command (or notebook) again to go on from there{first}."
 
     def _report_commit(self, event: Committed) -> None:
         manifest, progress = event.manifest, event.manifest.progress
@@ -230,6 +251,7 @@ class Reporter:
             reason=manifest.reason,
             stall_seconds=stall,
             seconds=event.seconds,
+            **({} if (spent := self.spent_at(progress.global_step)) is None else {"buckets": spent}),
         )
         best = manifest.best
         if best is not None and manifest.metrics and best.epochs_completed == progress.epochs_completed:

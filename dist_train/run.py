@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -24,13 +24,14 @@ from torch import nn
 from dist_train import launched, misuse, phases
 from dist_train.beginning import Beginning
 from dist_train.boundary import Boundary, make_deadline
-from dist_train.callbacks import Callback, Callbacks, has_state, name_of
+from dist_train.callbacks import Callbacks
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.checkpoint.writer import Committed
 from dist_train.ending import Ending
 from dist_train.environment import describe_environment
 from dist_train.errors import ConfigError, StopReason
+from dist_train.evaluation import Cut, EvaluationStart
 from dist_train.feed import BatchFeed
 from dist_train.intake import Intake
 from dist_train.monitoring import Monitoring
@@ -39,10 +40,10 @@ from dist_train.phases import Phase, Point
 from dist_train.progress import RunProgress
 from dist_train.rate_meter import RateMeter
 from dist_train.recovery import Recovery
+from dist_train.registering import Registering
 from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
-from dist_train.standing import Standing
-from dist_train.state import Capture, LiveState, Stateful, by_name
+from dist_train.state import Capture, LiveState, by_name
 from dist_train.tracking import Tracking
 from dist_train.tree import encode
 from dist_train.world import World, current_world
@@ -50,7 +51,7 @@ from dist_train.world import World, current_world
 Json = Any
 
 
-class Run(Standing):
+class Run(Registering):
     """One attempt of a run, as a context manager. Construction, entry and every method but properties are collective.
 
     Args:
@@ -111,7 +112,8 @@ class Run(Standing):
         )
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
-        self._monitoring = Monitoring()
+        self._monitoring = Monitoring(self._options, self._checkpointer, self._reporter)
+        self._cut = Cut()
         self._join_parts(loader)
         self._entered = self._begun = self._in_epoch = False
 
@@ -122,6 +124,9 @@ class Run(Standing):
             self._feed,
             self._progress,
             should_stop=lambda: self.should_stop or self._recovery.is_rolling_back,
+            stops_here=lambda: self._recovery.is_rolling_back or self._stops_here(),
+            cut=self._cut,
+            is_told=lambda: self._boundary.hear(),
             show_replay=self._reporter.replay,
             drop_window=self._live.drop_gradients,
         )
@@ -137,6 +142,7 @@ class Run(Standing):
             self._reporter,
             snapshot=self._snapshot,
             deadline=make_deadline(self._options.max_time, self._options.time_reserve, is_main=self.world.is_main),
+            preemption=self._monitoring.preemption,
             max_steps=self._options.max_steps,
             on_commit=self._on_commit,
         )
@@ -154,7 +160,13 @@ class Run(Standing):
         self._boundary.is_sound = self._recovery.is_sound
         on_stop = self._callbacks.tell_of_stop
         self._ending = Ending(
-            self._checkpointer, self._boundary, self._progress, self._reporter, self._tracking, on_stop
+            self._checkpointer,
+            self._boundary,
+            self._progress,
+            self._reporter,
+            self._tracking,
+            on_stop,
+            requeue_exit=self._options.requeue_exit,
         )
 
     # Entering and leaving
@@ -164,14 +176,16 @@ class Run(Standing):
         self._environment = describe_environment(self.world.world_size, self.device, precision)
         for model in self._models.values():
             fix_bucket_layout(model)
+        self._monitoring.enter()
         try:
             self._take_up(self._resume)
         except BaseException as error:
             launched.note_error(error)
             self._checkpointer.close(failed=True)
+            self._monitoring.close()
             raise
         self._place = misuse.note_open(self.run_dir, self)
-        self._monitoring.open(self.run_dir, self.attempt, self.global_step, self._beginning.saved_step)
+        self._monitoring.open(self.run_dir, self.attempt, self._beginning)
         self._entered = True
         self._ending.write_status("running")
         return self
@@ -193,11 +207,12 @@ class Run(Standing):
         self._rate.close()
         self._tracking.finish()
         self._boundary.report(self._checkpointer.close())
+        self._monitoring.end_attempt()
         self._intake.end_epoch()
         self._recovery.put_back()
         self._take_up("must")
         self._beginning.begin(self._settings()["config"], [])
-        self._monitoring.begun_again(self.attempt, self.global_step, self._beginning.saved_step)
+        self._monitoring.begin_attempt(self.attempt, self._beginning)
         self._ending.write_status("running")
         self._callbacks.tell("resumed", path=self.resumed_from or "")
 
@@ -213,33 +228,6 @@ class Run(Standing):
         finally:
             self._monitoring.close()
 
-    def register(self, name: str, one: Stateful) -> None:
-        """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
-
-        Raises:
-            ConfigError: the name is taken, it is no such object, or `epochs` was called already.
-            StateMismatchError: the checkpoint that is resumed from does not hold it.
-        """
-        if name in self._live.registered or not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
-            raise ConfigError(
-                f"run.register({name!r}, ...): give each object with state_dict and load_state_dict its own name."
-            )
-        if self._begun:
-            raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
-        self._live.registered[name] = one
-        self._beginning.register(name)
-
-    def on(self, event: str, callback: Callback, *, name: str | None = None) -> None:
-        """Calls `callback(happening)` when `event` happens; see `dist_train.callbacks` for the events.
-
-        Args:
-            callback: a function, which needs nothing more; an object with `state_dict` and `load_state_dict`, too, is
-                saved and restored, and must be given before `epochs` is called.
-            name: of such an object in the checkpoint; its class's name by default.
-        """
-        if self._callbacks.add(event, callback) and has_state(callback):
-            self.register(f"callback.{name or name_of(callback)}", cast(Stateful, callback))
-
     # The loop
 
     def epochs(self, count: int) -> Iterator[int]:
@@ -251,7 +239,7 @@ class Run(Standing):
         if self._in_epoch:
             raise ConfigError("run.epochs() was called inside its own loop; one loop goes over the epochs of a run.")
         self._begin(count)
-        while self.epochs_completed < count and not self.should_stop:
+        while self.epochs_completed < count and not self._stops_here():
             if self._recovery.is_rolling_back:
                 self._roll_back()
             self._intake.begin_epoch()
@@ -282,6 +270,8 @@ class Run(Standing):
         # Whatever the loop did at the top of the epoch was done before the kill, too.
         self._beginning.restore_rng(for_good=True)
         yield from batches
+        if self.epoch_is_complete:
+            self._cut.begin(EvaluationStart(self._live))
         phases.switch(Phase.EVALUATION if self.epoch_is_complete else Phase.OTHER)
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -321,6 +311,10 @@ class Run(Standing):
         misuse.require_used_right(entered=self._entered, call="run.end_epoch()")
         if not self.epoch_is_complete:
             return
+        if self._boundary.agree_on_cut(self._cut.is_made):
+            self._give_evaluation_up()
+            return
+        self._cut.end()
         phases.switch(Phase.OTHER)
         values = self._progress.end_epoch(metrics)
         self._intake.end_epoch()
@@ -368,6 +362,17 @@ class Run(Standing):
             self._boundary.wait_for_save()
 
     # Inside the loop
+
+    def _stops_here(self) -> bool:
+        """Between two batches: agreed by all ranks; alone, as soon as it was told to and no window is half done."""
+        return self.should_stop or (not self._feed.in_window and self._boundary.stop_alone())
+
+    def _give_evaluation_up(self) -> None:
+        """A signal has cut it short: it is saved as pending, and the next attempt evaluates."""
+        if self._cut.start is not None:
+            self._cut.start.put_back()
+        self._cut.end()
+        self._reach_boundary(ends_epoch=True)
 
     def _begin(self, count: int) -> None:
         self._reporter.epochs = count

@@ -71,6 +71,9 @@ class TrainConfig:
     """How long the session lasts, "11h30m" for instance: training stops and saves by itself before it is over."""
     time_reserve: str | float | None = None
     """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
+    requeue_exit: bool = False
+    """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
+    under plain torchrun, which restarts on any code but 0."""
     checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
@@ -289,6 +292,7 @@ class Trainer:
                 search=config.search,
                 max_time=config.max_time,
                 time_reserve=config.time_reserve,
+                requeue_exit=config.requeue_exit,
                 config=asdict(config),
             ),
         )

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dist_train import errors, phases
+from dist_train.connections import watch_new_connections
 from dist_train.errors import ConfigError, DeadlineError, DisagreementError, DistTrainError, LauncherLostError
 from dist_train.joining import JOIN_TIMEOUT_SECONDS, join
 from dist_train.phases import Phase
@@ -159,7 +160,8 @@ class TorchWorld(World):
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._timeout_seconds = timeout_seconds
         self._thread = threading.get_ident()
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        with watch_new_connections():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         # Keys of an earlier world in the same store must not be taken for ours.
         self._prefix = f"dist_train/{self.broadcast(uuid.uuid4().hex, 'the mailbox prefix')}"
 
@@ -262,12 +264,37 @@ class _StoreMailbox(Mailbox):
             ) from error
 
 
-_LAUNCHER_PID = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+def count_collectives() -> int:
+    """Those of all groups so far, on this rank: whether it has waited for others between two moments."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    groups: Iterable[Any] = dist.distributed_c10d._world.pg_map
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+_LOST_PEERS = ("closed by peer", "reset by peer", "Broken pipe", "remote process has terminated")
+# Source: gloo/transport/tcp/pair.cc; torch/csrc/distributed/c10d/NCCLUtils.hpp.
+
+
+def has_lost_peers(error: BaseException) -> bool:
+    """Whether an error only says that other ranks are gone: theirs is the cause."""
+    if isinstance(error, (DeadlineError, LauncherLostError, dist.DistError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEERS)
+
+
+LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
+"""Environment variable: the process that `dist-train launch` starts its workers from, in their environment."""
+_FIRST_PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def launcher_is_gone() -> bool:
-    """Whether torchrun's agent has died and left this worker behind: nobody would restart or end it any more."""
-    return _LAUNCHER_PID is not None and os.getppid() != _LAUNCHER_PID
+    """Whether the launcher (torchrun's agent, or ours) has died and left this worker behind: nobody would restart or
+    end it any more.
+    """
+    told = os.environ.get(LAUNCHER_PID)  # a forked worker has imported this before it was one
+    launcher = int(told) if told else _FIRST_PARENT
+    return launcher is not None and os.getppid() != launcher
 
 
 def _attempt(work: Callable[[], Json]) -> Json:
@@ -333,13 +360,14 @@ def _make_group(world_size: int, timeout_seconds: float) -> None:
         backend = "gloo"
         # Without it Accelerator() under torchrun on a machine without a GPU believes to be alone.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"dist_train/group/{generation}", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    with watch_new_connections():
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"dist_train/group/{generation}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
 
 
 _group_is_ours = False

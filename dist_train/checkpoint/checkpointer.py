@@ -113,6 +113,11 @@ class Checkpointer:
         self._fatal: DistTrainError | None = None
         self._keeper = Keeper(store, policy, lambda: self.is_lost, clean_steps)
 
+    def on_beat(self, listener: Callable[[int], None]) -> None:
+        """Calls `listener(attempt)` at each sign of life that the main rank gives, most in the heartbeat's thread."""
+        if self._ownership is not None:
+            self._ownership.on_beat = listener
+
     @property
     def problems(self) -> list[str]:
         """Checkpoints that could not be used at start, and why; for people."""
@@ -135,7 +140,10 @@ class Checkpointer:
             RunInUseError: another launch lives there.
         """
         if self.attempt:
-            self._ownership = Ownership(self.store) if self.world.is_main else None
+            if self._ownership is not None:
+                listener = self._ownership.on_beat
+                self._ownership = Ownership(self.store)
+                self._ownership.on_beat = listener
             self._restorer = Restorer(self.store, self.world, self._search)
             self.committed, self.failures = None, 0
         opening = self.world.on_main(self._take_over, "taking over the run directory")

@@ -91,6 +91,8 @@ class Ownership:
         self._sleep = sleep
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self.on_beat: Callable[[int], None] = lambda attempt: None
+        """Called when the directory is taken, then with each beat in the heartbeat's thread."""
 
     @property
     def attempt(self) -> int:
@@ -118,6 +120,7 @@ class Ownership:
         for name in self._store.list(ATTEMPTS):
             if name.endswith(".tmp"):  # a killed owner's; one that still beats writes another
                 self._store.unlink(f"{ATTEMPTS}/{name}")
+        self.on_beat(attempt)
         self._thread = threading.Thread(target=self._keep_beating, name="dist_train-heartbeat", daemon=True)
         self._thread.start()
         return attempt
@@ -177,6 +180,7 @@ class Ownership:
                     return
                 self._owner = replace(self._owner, beats=self._owner.beats + 1)
                 self._write()
+                self.on_beat(self._owner.attempt)
 
     def _write(self) -> None:
         self._store.replace(OWNER, json.dumps(asdict(self._owner)).encode(), durable=False)

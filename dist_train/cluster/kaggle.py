@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import psutil
 
 from dist_train.cluster.best_model import SEARCH_LEVELS, BestModel, find_best_model
 from dist_train.cluster.child import run_child
+from dist_train.cluster.gpus import find_gpus
 from dist_train.console import bytes_text, print_text, seconds_text
 from dist_train.errors import ConfigError, DistTrainError, ExitCode, StopReason
 from dist_train.units import parse_bytes, parse_seconds
@@ -41,22 +41,8 @@ LAST_SECONDS = 120.0
 """Training that still runs so shortly before the session's end hangs, or was given too much time: it is interrupted."""
 ANSWER_SECONDS = 120.0
 """How long the command line may take to look into a run directory."""
-BF16_CAPABILITY = (8, 0)
-"""Compute capability from which on bf16 is native; a T4 has 7.5, a P100 6.0."""
 _ERROR = re.compile(r"(?:\[rank\d+\]: ?)?(?:[a-z_][\w]*\.)*([A-Z]\w*(?:Error|Exception|Interrupt)(?:: .*)?)$")
 """The last line of a traceback."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU of the session."""
-
-    name: str
-    capability: tuple[int, int]
-
-    @property
-    def has_bf16(self) -> bool:
-        return self.capability >= BF16_CAPABILITY
 
 
 class Session:
@@ -317,24 +303,6 @@ class Session:
         # The kernel's plotting backend draws into cells, which a child has none of.
         inherited = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
         return {**inherited, "DIST_TRAIN_SESSION_START": str(self.started), "PYTHONUNBUFFERED": "1"}
-
-
-def find_gpus() -> tuple[Gpu, ...]:
-    """As nvidia-smi names them, those hidden by CUDA_VISIBLE_DEVICES left out; without it there are none."""
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    gpus = tuple(_parse_gpu(line) for line in said.splitlines() if line.strip())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return gpus if visible is None else gpus[: len([one for one in visible.split(",") if one.strip()])]
-
-
-def _parse_gpu(line: str) -> Gpu:
-    name, _, capability = line.rpartition(",")
-    major, _, minor = capability.strip().partition(".")
-    return Gpu(name.strip(), (int(major), int(minor or 0)) if major.isdecimal() else (0, 0))
 
 
 def _session_start(on_kaggle: bool, session_seconds: float) -> float:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_train.drill.fault_plan import FaultPlan
+from dist_train.drill.rehearsal import Rehearsal
 from dist_train.errors import ConfigError
 
 
@@ -23,6 +24,11 @@ def main(arguments: Sequence[str]) -> None:
     """Arms, then runs `script.py args` or `-m module args`; what the script raises comes out."""
     if not arguments or (arguments[0] == "-m" and len(arguments) < 2):
         raise ConfigError("usage: python -m dist_train.drill.victim SCRIPT ARGS... (or -m MODULE ARGS...)")
+    if (rehearsal := Rehearsal.from_environment()) is not None:
+        from dist_train.drill.recorder import Recorder
+
+        rehearsal.arm()
+        Recorder(rehearsal.folder, int(os.environ.get("RANK", "0"))).arm()
     if (plan := FaultPlan.from_environment()) is not None:
         from dist_train.drill.injector import Injector
 

@@ -35,11 +35,15 @@ class Departure:
         self._timer.cancel()
 
     def _end(self) -> None:
-        rank = os.environ.get("RANK", "0")
-        print_text(f"Rank {rank} did not end within {self._seconds:.0f} s ({self._why}): ended now.", error=True)
-        with open(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w") as stream:
-            faulthandler.dump_traceback(stream, all_threads=True)
-        self._leave(self._exit_code)
+        leave_now(f"it did not end within {self._seconds:.0f} s ({self._why})", self._exit_code, self._leave)
+
+
+def leave_now(why: str, exit_code: int, leave: Leave = os._exit) -> None:
+    """Shows the stacks of all threads and ends this process; from any thread."""
+    print_text(f"Rank {os.environ.get('RANK', '0')} is ended now: {why}.", error=True)
+    with open(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w") as stream:
+        faulthandler.dump_traceback(stream, all_threads=True)
+    leave(exit_code)
 
 
 def leave_by(seconds: float, why: str, exit_code: int) -> Departure:

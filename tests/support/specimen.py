@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,11 @@ class Recorder:
 record = Recorder()
 
 
-def slow_down(run_class: Any, seconds: float) -> None:
+def slow_down(run_class: Any, seconds: Callable[[], float]) -> None:
     step = run_class.step
 
     def slow_step(run: Any, loss: Any = None) -> None:
-        time.sleep(seconds)
+        time.sleep(seconds())
         step(run, loss)
 
     run_class.step = slow_step
@@ -120,6 +121,8 @@ def main() -> int:
     parser.add_argument("--keep-last", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="no BatchNorm, dropout and noise")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep at each micro-step")
+    parser.add_argument("--pace", default="", help="file that holds the same, read at each micro-step")
+    parser.add_argument("--micro", type=int, default=0, help="samples of a micro-batch; 0 for 4 micro-steps an update")
     parser.add_argument("--samples", default="", help="folder to record consumed samples in")
     parser.add_argument("--world-size", type=int, default=0, help="how many ranks there must be; 0 for any number")
     args = parser.parse_args()
@@ -128,8 +131,8 @@ def main() -> int:
 
     if args.samples:
         record.install(dt.Run, args.samples)
-    if args.pause:
-        slow_down(dt.Run, args.pause)
+    if args.pause or args.pace:
+        slow_down(dt.Run, lambda: float(Path(args.pace).read_text()) if args.pace else args.pause)
     return train_with_trainer(args) if args.loop == "trainer" else train_in_own_loop(args)
 
 
@@ -146,7 +149,7 @@ def train_with_trainer(args: argparse.Namespace) -> int:
         run_dir=args.run_dir,
         epochs=args.epochs,
         global_batch_size=GLOBAL_BATCH,
-        micro_batch_size=micro_batch_size(),
+        micro_batch_size=args.micro or micro_batch_size(),
         mixed_precision=args.mixed_precision,
         max_grad_norm=1.0,
         seed=SEED,
@@ -184,7 +187,7 @@ def train_in_own_loop(args: argparse.Namespace) -> int:
     loader = dt.data_loader(
         Augmented(noisy=not args.plain),
         global_batch_size=GLOBAL_BATCH,
-        micro_batch_size=micro_batch_size(),
+        micro_batch_size=args.micro or micro_batch_size(),
         seed=SEED,
         num_workers=args.workers,
     )

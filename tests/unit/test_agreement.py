@@ -24,7 +24,8 @@ class OtherRanks(SoloWorld):
 
     def max(self, values: Sequence[int], what: str) -> list[int]:
         self.clock[0] += self.seconds
-        return [max(pair) for pair in zip(values, self.wish or values, strict=True)]
+        theirs = [*self.wish, *[0] * (len(values) - len(self.wish))] if self.wish else values
+        return [max(pair) for pair in zip(values, theirs, strict=True)]
 
 
 def exchange(mine: Agreed, wish: Sequence[int]) -> Agreed:
@@ -44,8 +45,8 @@ def test_a_stop_of_any_rank_stops_all_with_its_reason(reason: StopReason) -> Non
 
 
 def test_every_wish_of_any_rank_counts_for_all() -> None:
-    agreed = exchange(Agreed(committed_step=4), [0, 1, 1, 1, 3, 0])
-    assert agreed == Agreed(save_requested=True, time_is_up=True, failed=True, committed_step=4)
+    agreed = exchange(Agreed(committed_step=4), [0, 1, 1, 1, 3, 0, 15])
+    assert agreed == Agreed(save_requested=True, time_is_up=True, failed=True, committed_step=4, signal=15)
 
 
 def steps_until_due(agreement: Agreement) -> int:

@@ -15,7 +15,8 @@ import pytest
 
 from dist_train.cluster import kaggle
 from dist_train.cluster.best_model import BestModel
-from dist_train.cluster.kaggle import Gpu, Session, find_gpus
+from dist_train.cluster.gpus import Gpu, find_gpus
+from dist_train.cluster.kaggle import Session
 from dist_train.errors import ConfigError, DistTrainError
 
 T4 = Gpu("Tesla T4", (7, 5))

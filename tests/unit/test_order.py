@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,58 @@ def test_shares_differ_by_at_most_one_and_none_is_empty_or_too_large(layout: Epo
             assert share.ends_epoch == (step == layout.num_micro_steps - 1)
             if not share.num_samples:
                 assert (share.start, share.stop, share.weight) == (shares[0].start, shares[0].start + 1, 0.0)
+
+
+@few
+@given(layout=layouts)
+def test_the_shares_of_a_window_differ_by_at_most_one_sample(layout: EpochLayout) -> None:
+    for window in windows_of(layout):
+        sizes = {share.num_samples for share in window}
+        assert max(sizes) - min(sizes) <= 1
+
+
+@few
+@given(layout=layouts)
+def test_a_rank_is_idle_only_where_no_sample_can_be_spared(layout: EpochLayout) -> None:
+    for window in windows_of(layout):
+        if layout.micro_batch_size > 1 and window[0].window_samples >= layout.world_size:
+            assert all(share.num_samples for share in window)
+
+
+@few
+@given(layout=layouts)
+def test_what_is_said_of_uneven_shares_is_what_is_done(layout: EpochLayout) -> None:
+    """Against the micro-batches themselves, of a window that is full."""
+    window = windows_of(replace(layout, num_samples=layout.global_batch_size, start=0, drop_last=False))[0]
+    sizes, text = sorted({share.num_samples for share in window}, reverse=True), layout.describe_uneven()
+    if len(sizes) == 1:
+        assert text == ""
+    else:
+        passes = len(window) // layout.world_size
+        assert f"an update is {f'{passes} passes' if passes > 1 else 'one pass'} of " in text
+        assert f" of {sizes[0]} and {sizes[1]} samples a rank" in text
+        assert ("counts nothing" in text) == (0 in sizes)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch_size", "shares"),
+    [
+        (5, 5, "one pass of 5 and 4 samples a rank, weighted"),
+        (4, 5, ""),  # two passes of three
+        (3, 5, ""),
+        (3, 7, ""),
+        (3, 3, "3 passes of 3 and 2 samples a rank, weighted"),
+        (5, 2, "3 passes of 2 and 1 samples a rank, weighted"),
+        (7, 1, "4 passes of 1 and 0 samples a rank (a rank without one looks"),
+    ],
+)
+def test_uneven_shares_of_a_global_batch_of_24_are_said_in_words(
+    world_size: int, micro_batch_size: int, shares: str
+) -> None:
+    sizes = {"num_samples": 156, "global_batch_size": 24}
+    text = EpochLayout(**sizes, micro_batch_size=micro_batch_size, world_size=world_size).describe_uneven()
+    assert shares in text
+    assert bool(shares) == bool(text)
 
 
 def test_short_last_window_has_fewer_micro_steps() -> None:

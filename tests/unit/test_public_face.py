@@ -25,6 +25,7 @@ ALLOWED = {
     "joining.py:_lead": "`get` after `check`: the keys are there",
     "joining.py:_follow": "`get` after `check`: the key is there",
     "joining.py:_acknowledged": "`get` after `check`: the key is there",
+    "cluster/peers.py:Peers._read": "`get` after `check`: the key is there",
 }
 
 

@@ -602,7 +602,7 @@ def test_run_jsonl_tells_the_life_of_a_run(run_dir: Path) -> None:
     SmallRun(run_dir=run_dir, policy=policy, max_steps=7).train()
     SmallRun(run_dir=run_dir, policy=policy, at_batch=once_at(12, preempt)).train()
     events = events_of(run_dir)
-    assert {one["event"] for one in events} == {"started", "resumed", "committed", "pruned", "stopped"}
+    assert {one["event"] for one in events} == {"started", "resumed", "committed", "pruned", "stopped", "time"}
     assert all(isinstance(one["time"], float) for one in events)
     assert [one["attempt"] for one in events] == sorted(one["attempt"] for one in events)
     assert [(one["attempt"], one["reason"]) for one in events_of(run_dir, "stopped")] == [(1, "done"), (2, "preempted")]

@@ -1,0 +1,330 @@
+"""The agent of one node: torchrun's engine with a restart policy, quick restarts and an end that all nodes share.
+
+    rendezvous -> start workers -> watch -> end what is left -> exchange reports -> decide together -> again, or stop
+
+Invariant: an attempt ends on all nodes before the next one begins on any, and all nodes take the same decision. From
+torch come the rendezvous and the assignment of ranks (`SimpleElasticAgent`); its loop, which restarts at once, waits
+30 s for each worker that does not leave and counts on each node for itself, is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    SimpleElasticAgent,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
+
+from dist_train.cluster.attempts import describe, merge, report_of_node
+from dist_train.cluster.folder import Folder
+from dist_train.cluster.peers import SILENT_SECONDS, Peers
+from dist_train.cluster.restart_policy import Restart, RestartPolicy, Stop
+from dist_train.cluster.signals import TOLD_EARLY, Signals, StopAskedError
+from dist_train.cluster.summary import Attempt, Conclusion
+from dist_train.cluster.workers import AFTER_TERM_SECONDS, Workers
+from dist_train.errors import DeadlineError, ExitCode
+from dist_train.launched import LAUNCH_DIR, read_notes
+
+Json = Any
+FAILURE, MEMBERSHIP, ASKED = "failure", "membership", "asked"
+"""Why an attempt ends before its workers have ended well."""
+PEER_GRACE_SECONDS = 5.0
+"""Workers that have lost another one notice by their next collective, and finish the save in flight."""
+LONGEST_PEER_GRACE_SECONDS = 120.0
+STOP_GRACE_SECONDS = 30.0
+NOW_SECONDS = 5.0
+"""After the second signal of a kind."""
+MASTER_SECONDS = 60.0
+ALONE_SECONDS = 1.0
+"""Between looks at the clock on a single machine: ends and signals wake the agent."""
+PATIENCE_POLL_SECONDS = 0.1
+LOST_RENDEZVOUS = (RendezvousError, dist.DistNetworkError, dist.DistStoreError)
+
+
+class Agent(SimpleElasticAgent):
+    """Runs attempts until the policy says stop.
+
+    Args:
+        most_nodes: 1 is this machine alone.
+        grace_seconds: what workers that were asked to end may take; None goes by the measured time of a save.
+        say: tells the user something at once.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        workers: Workers,
+        policy: RestartPolicy,
+        signals: Signals,
+        folder: Folder,
+        *,
+        most_nodes: int,
+        grace_seconds: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(spec)
+        self._workers, self._policy, self._signals, self._folder = workers, policy, signals, folder
+        self._most_nodes, self._grace, self._say = most_nodes, grace_seconds, say
+        self._attempt = 0
+        self._peers: Peers | None = None
+        self._kill_at = float("inf")
+
+    def launch(self) -> Conclusion:
+        """Attempts until one is the last."""
+        conclusion, began = Conclusion(), time.monotonic()
+        try:
+            while isinstance(decision := self._live_once(conclusion), Restart):
+                self._signals.rest(decision.pause_seconds)
+            conclusion.exit_code, conclusion.why = decision.exit_code, decision.why
+        except StopAskedError:
+            conclusion.exit_code, conclusion.why = self._signals.exit_code, TOLD_EARLY
+        except LOST_RENDEZVOUS as error:
+            conclusion.exit_code, conclusion.why = ExitCode.ERROR, _why_lost(error)
+            self._end_workers("the rendezvous is lost", None)
+        finally:
+            self._workers.close()
+            conclusion.seconds = time.monotonic() - began
+        return conclusion
+
+    def part(self) -> None:
+        """After the last attempt, before the rendezvous is closed."""
+        with contextlib.suppress(*LOST_RENDEZVOUS):
+            if self._peers is not None:
+                self._peers.part(SILENT_SECONDS)
+
+    def _live_once(self, conclusion: Conclusion) -> Restart | Stop:
+        self._attempt += 1
+        group: Any = self._worker_group
+        with self._signals.interrupting():
+            self._rendezvous(group)
+            self._serve_master(group)
+        peers = self._peers = Peers(self._store_of_attempt(), group.group_rank, group.group_world_size)
+        began = time.monotonic()
+        self._policy.started()
+        self._start_workers(group)
+        why = self._watch(peers)
+        stopped, ended_by_us = self._end_workers(why, peers)
+        report = self._report(stopped, ended_by_us)
+        reports, lost = peers.exchange(report, self._stop_grace() + SILENT_SECONDS)
+        ended = merge(reports, seconds=time.monotonic() - began, node_came=why == MEMBERSHIP, node_left=bool(lost))
+        decision = self._agree(peers, self._policy.decide(ended), reports)
+        step = max((one["step"] for one in reports if one["step"] is not None), default=None)
+        conclusion.run_dir = report["run_dir"] or conclusion.run_dir
+        conclusion.attempts.append(
+            Attempt(
+                number=self._attempt, world_size=group.workers[0].world_size, ended=ended, step=step, why=decision.why
+            )
+        )
+        if isinstance(decision, Restart):
+            what = describe(ended.causes[0]) if ended.causes else "nodes came or left"
+            after = f" in {decision.pause_seconds:.0f} s" if decision.pause_seconds >= 1 else ""
+            self._say(f"{what}; restarting{after}, {decision.why}")
+        return decision
+
+    # Before an attempt
+
+    def _serve_master(self, group: Any) -> None:
+        """A store for the workers' process group that knows nothing of earlier attempts, served by the first node.
+
+        The rendezvous' own would be kept over restarts, with the addresses of the dead in it, and stays at the former
+        first node when another one becomes the first.
+        """
+        host = "localhost" if self._most_nodes == 1 else group.master_addr
+        self._master = None
+        shared = self._store_of_attempt()
+        if group.group_rank == 0:
+            self._master = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            shared.set("master", json.dumps([host, self._master.port]))
+        deadline = time.monotonic() + MASTER_SECONDS
+        while not shared.check(["master"]):
+            if time.monotonic() >= deadline:
+                raise DeadlineError(
+                    f"{socket.gethostname()} waited {MASTER_SECONDS:.0f} s for the first node's agent to serve a store "
+                    f"for the workers. Look at what the launcher on {group.master_addr} says."
+                )
+            time.sleep(0.02)
+        group.master_addr, group.master_port = json.loads(bytes(shared.get("master")))
+
+    def _store_of_attempt(self) -> Any:
+        """Of this round of the rendezvous; a static one has a single round for ever, and all nodes count alike."""
+        group: Any = self._worker_group
+        is_static = group.spec.rdzv_handler.get_backend() == "static"
+        return dist.PrefixStore(f"dist_train/{self._attempt if is_static else 0}", group.store)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        folder = self._folder.renew(self._attempt)
+        spec = worker_group.spec
+        common = {
+            "GROUP_RANK": worker_group.group_rank,
+            "GROUP_WORLD_SIZE": worker_group.group_world_size,
+            "ROLE_NAME": spec.role,
+            "LOCAL_WORLD_SIZE": spec.local_world_size,
+            "MASTER_ADDR": worker_group.master_addr,
+            "MASTER_PORT": worker_group.master_port,
+            "TORCHELASTIC_RESTART_COUNT": self._attempt - 1,
+            "TORCHELASTIC_MAX_RESTARTS": spec.max_restarts,
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", 1),
+            LAUNCH_DIR: folder,
+        }
+        own = {
+            worker.local_rank: {
+                "RANK": worker.global_rank,
+                "LOCAL_RANK": worker.local_rank,
+                "ROLE_RANK": worker.role_rank,
+                "WORLD_SIZE": worker.world_size,
+                "ROLE_WORLD_SIZE": worker.role_world_size,
+            }
+            for worker in worker_group.workers
+        }
+        self._kill_at = float("inf")
+        return self._workers.start(
+            {rank: {k: str(v) for k, v in {**common, **one}.items()} for rank, one in own.items()}
+        )
+
+    # During an attempt
+
+    def _watch(self, peers: Peers) -> str:
+        """Until the attempt is over; returns why: "" where every worker of this node has ended well."""
+        several = self._most_nodes > 1
+        interval = self._worker_group.spec.monitor_interval if several else ALONE_SECONDS
+        while self._workers.pids and not self._has_failure():
+            peers.beat()
+            self._workers.wait(interval)
+            self._forward()
+            if why := peers.why_ended():
+                return why
+            if several and not self._signals.any and self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0:
+                peers.end(MEMBERSHIP)
+            if time.monotonic() >= self._kill_at:
+                self._say("the workers did not end within their grace: killed")
+                return ASKED
+        if not self._has_failure():
+            return ""
+        why = ASKED if self._signals.any else FAILURE
+        peers.end(why)
+        return why
+
+    def _has_failure(self) -> bool:
+        return bool(self._report(frozenset(), frozenset())["causes"])
+
+    def _forward(self) -> None:
+        """Each signal that came, once to each worker of this node; from the first on they have a grace."""
+        for one in self._signals.fresh():
+            self._workers.send(one)
+            again = self._signals.count[one] > 1
+            grace = NOW_SECONDS if again else self._stop_grace()
+            self._kill_at = min(self._kill_at, time.monotonic() + grace)
+            if not again:
+                self._say(f"{one.name}: the workers save and end, within {grace:.0f} s; the same again means now")
+
+    def _end_workers(self, why: str, peers: Peers | None) -> tuple[set[int], set[int]]:
+        """Ends what is left of this node's workers; returns the local ranks that SIGSTOP held, and those it ended.
+
+        After a failure the others are given time to notice by themselves; who is asked to end gets the signal first.
+        """
+        if not self._workers.pids:
+            return set(), set()
+        if why == FAILURE:
+            patience = self._peer_grace()
+        else:
+            patience = max(min(self._stop_grace(), self._kill_at - time.monotonic()), 0.0)
+            if not self._signals.any:
+                self._workers.send(signal.SIGTERM)
+        stopped: set[int] = set()
+
+        def wait(seconds: float) -> None:
+            deadline = time.monotonic() + seconds
+            while self._workers.pids and time.monotonic() < min(deadline, self._kill_at):
+                self._workers.wait(min(deadline - time.monotonic(), PATIENCE_POLL_SECONDS))
+                self._forward()
+                if peers is not None:
+                    peers.beat()
+                stopped.update(self._workers.stopped())
+                if stopped.issuperset(self._workers.pids):
+                    return
+
+        wait(patience)
+        left = set(self._workers.pids)
+        if why == FAILURE and not stopped.issuperset(left):
+            self._workers.send(signal.SIGTERM)
+            wait(AFTER_TERM_SECONDS)
+        if self._workers.pids:
+            self._workers.kill()
+        return stopped, left
+
+    def _peer_grace(self) -> float:
+        """None where no worker had entered the run: it would wait for the dead one to join."""
+        notes = self._notes()
+        if not any(note.get("begun") for note in notes.values()) and notes:
+            return 0.0
+        return min(PEER_GRACE_SECONDS + 2 * _save_seconds(notes), LONGEST_PEER_GRACE_SECONDS)
+
+    def _stop_grace(self) -> float:
+        return self._grace if self._grace is not None else max(STOP_GRACE_SECONDS, 3 * _save_seconds(self._notes()))
+
+    # After an attempt
+
+    def _notes(self) -> dict[int, dict[str, Json]]:
+        return read_notes(self._folder.renew(self._attempt))
+
+    def _report(self, stopped: Set[int], ended_by_us: Set[int]) -> dict[str, Json]:
+        report = report_of_node(
+            self._workers.exits,
+            self._notes(),
+            {worker.local_rank: worker.global_rank for worker in self._worker_group.workers},
+            stopped=stopped,
+            ended_by_us=ended_by_us,
+            node=socket.gethostname() if self._most_nodes > 1 else "",
+        )
+        return {**report, "stop_asked": self._signals.any, "node": self._worker_group.group_rank}
+
+    def _agree(self, peers: Peers, mine: Restart | Stop, reports: Sequence[Json]) -> Restart | Stop:
+        leads = self._worker_group.group_rank == min(report["node"] for report in reports)
+        agreed = peers.agree(asdict(mine), leads=leads, seconds=2 * SILENT_SECONDS)
+        return Stop(**agreed) if "exit_code" in agreed else Restart(**agreed)
+
+    # What the base class asks of a subclass, for whoever holds this one as such
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._workers.kill()
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self._has_failure():
+            return RunResult(state=WorkerState.FAILED)
+        return RunResult(state=WorkerState.HEALTHY if self._workers.pids else WorkerState.SUCCEEDED)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        self._workers.send(death_sig)
+        self._workers.wait_all(timeout)
+        self._workers.close()
+
+
+def _save_seconds(notes: Mapping[int, Mapping[str, Json]]) -> float:
+    return max((float(note.get("save_seconds", 0.0)) for note in notes.values()), default=0.0)
+
+
+def _why_lost(error: BaseException) -> str:
+    if isinstance(error, RendezvousClosedError):
+        return "the launch has ended on the other nodes; the same command on all of them goes on"
+    if isinstance(error, RendezvousTimeoutError):
+        return "not enough nodes came in time (--nnodes, --rdzv-conf join_timeout=SECONDS)"
+    return (
+        f"the rendezvous is lost ({str(error).splitlines()[0] if str(error) else type(error).__name__}): its host died "
+        f"or cannot be reached; the same command on all nodes goes on from the newest checkpoint"
+    )

@@ -1,0 +1,82 @@
+"""`drill`: runs a script to its end, then again with faults, and says whether the two are the same.
+
+Invariant: exit code 0 where it resumes exactly, 1 where it does not, 2 where it cannot be drilled. What was started is
+ended, and the scratch removed, also on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dist_train.commands.command import AddCommand, print_json, print_lines
+from dist_train.console import Console, print_text
+from dist_train.drill.rehearse import Drill, Order
+from dist_train.drill.report import facts_of, lines_of
+from dist_train.errors import ExitCode
+
+Json = Any
+_CODES = {"pass": ExitCode.OK, "differ": ExitCode.ERROR, "cannot": ExitCode.USAGE}
+
+
+def add_commands(add: AddCommand) -> None:
+    purpose = "Prove on your own script that it resumes exactly: run it, kill it, compare."
+    drill = add("drill", _drill, purpose, on_a_run=False)
+    defaults = Order(script=())
+    drill.set_defaults(run_dir="")
+    number: dict[str, Any] = {"type": _positive, "metavar": "N"}
+    drill.add_argument("--kills", **number, default=defaults.kills, help=f"faults to inject ({defaults.kills})")
+    drill.add_argument("--steps", **number, default=defaults.steps, help=f"most updates of a run ({defaults.steps})")
+    drill.add_argument("--nproc-per-node", **number, default=1, dest="processes", help="ranks on this machine (1)")
+    drill.add_argument("--seed", type=int, default=0, metavar="S", help="which faults come when (0)")
+    patience = f"seconds that the uninterrupted run may take for one step ({defaults.patience_seconds:.0f})"
+    drill.add_argument("--patience", type=float, default=defaults.patience_seconds, metavar="S", help=patience)
+    drill.add_argument("--scratch", metavar="DIR", help="where the drill's runs live; a temporary folder by default")
+    drill.add_argument("--keep", action="store_true", help="keep what it wrote: checkpoints, records, output")
+    drill.add_argument("script", nargs=argparse.REMAINDER, metavar="-- SCRIPT ARGS", help="your script, as it is")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _drill(args: argparse.Namespace) -> int:
+    script = args.script[1:] if args.script[:1] == ["--"] else args.script
+    if not script or (script[0] != "-m" and not os.path.isfile(script[0])):
+        missing = f"there is no file {script[0]}" if script else "no script was given"
+        print_text(f"dist-train: {missing}; write `dist-train drill -- train.py ARGS`.", error=True)
+        return ExitCode.USAGE
+    order = Order(
+        script=script,
+        kills=args.kills,
+        steps=args.steps,
+        processes=args.processes,
+        seed=args.seed,
+        patience_seconds=args.patience,
+    )
+    scratch = Path(tempfile.mkdtemp(prefix="dist-train-drill-", dir=args.scratch))
+    # With --json stdout holds nothing but JSON; what is going on is then told beside it.
+    console = Console(stream=sys.stderr if args.json else sys.stdout)
+    try:
+        faults = f"{args.kills} fault{'s' * (args.kills > 1)}"
+        console.say(f"Drilling {' '.join(script)}: at most {args.steps} steps, {faults}, seed {args.seed}.")
+        outcome = Drill(order, scratch, console.show, console.say).conduct()
+        console.end_live()
+        kept = str(scratch) if args.keep else None
+        if args.json:
+            print_json(facts_of(order, outcome, kept))
+        else:
+            print_lines([*lines_of(order, outcome), *([f"      Kept: {kept}"] if kept else [])])
+        return ExitCode.ERROR if outcome.touched else _CODES[outcome.verdict]
+    finally:
+        console.end_live()
+        if not args.keep:
+            shutil.rmtree(scratch, ignore_errors=True)

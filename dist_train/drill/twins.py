@@ -1,0 +1,93 @@
+"""Two runs that should be one and the same: what they saved last, and their folded histories, compared bit for bit.
+
+Invariant: only what verifies is compared; nothing is changed. Who wrote a checkpoint and when is no difference.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train.checkpoint.comparison import TensorDifference, compare_tensors, is_weight
+from dist_train.checkpoint.inference import find_checkpoint
+from dist_train.checkpoint.manifest import Manifest
+from dist_train.checkpoint.reader import CheckpointReader
+from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.verify import verify_checkpoint
+from dist_train.errors import CorruptCheckpointError
+from dist_train.history import read_metrics
+
+COMPARED = ("progress", "state", "rank_state", "metrics", "train_loss", "best", "aliases")
+
+
+def differences_of_runs(one: str | Path, other: str | Path) -> tuple[list[str], int]:
+    """What is not equal of the newest checkpoints (weights, buffers, optimizer, scheduler, random generators, progress)
+    and of the histories of metrics: a line each, weights first, none for the same run; and how many tensors there are.
+    """
+    opened = [_open(one), _open(other)]
+    try:
+        (first, first_manifest), (second, second_manifest) = opened
+        pairs = list(compare_tensors(first, second, (first_manifest, second_manifest), lambda count: None))
+        unequal = sorted(
+            (pair for pair in pairs if pair.kind != "equal"), key=lambda pair: (not is_weight(pair.name), -pair.rank)
+        )
+        found = [_describe(pair) for pair in unequal]
+    finally:
+        for reader, _ in opened:
+            reader.close()
+    found += [
+        f"{field} differs"
+        for field in COMPARED
+        if _text(getattr(first_manifest, field)) != _text(getattr(second_manifest, field))
+    ]
+    return found + _differences_of_histories(read_metrics(Store(one)), read_metrics(Store(other))), len(pairs)
+
+
+def _open(run_dir: str | Path) -> tuple[CheckpointReader, Manifest]:
+    store, path, manifest = find_checkpoint(str(run_dir), "latest")
+    if faults := verify_checkpoint(store, path, manifest):
+        raise CorruptCheckpointError(f"{store.shown(path)} is not what was committed: {faults[0]}", store.shown(path))
+    return CheckpointReader(store, path, manifest), manifest
+
+
+def _describe(pair: TensorDifference) -> str:
+    if pair.kind != "differ":
+        return f"{pair.name}: {pair.kind}"
+    return f"{pair.name}: {pair.differing} of {pair.elements} elements, by at most {pair.max_abs:.3g}"
+
+
+def _differences_of_histories(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[str]:
+    for a, b in zip(one, other, strict=False):
+        if _text(a) != _text(b):
+            names = [name for name in a if _text(a[name]) != _text(b.get(name))]
+            told = ", ".join(f"{name} is {b.get(name)} instead of {a[name]}" for name in names)
+            return [f"the metrics of step {a['global_step']}: {told or 'another record'}"]
+    return [] if len(one) == len(other) else [f"{len(other)} records of metrics instead of {len(one)}"]
+
+
+def _text(value: Any) -> str:
+    """Equal for the same NaN."""
+    return json.dumps(value, default=lambda one: asdict(one) if is_dataclass(one) else str(one), sort_keys=True)  # type: ignore[arg-type]
+
+
+def read_checkpoint(run_dir: str | Path, which: str = "latest") -> tuple[Manifest, dict[str, torch.Tensor]]:
+    """The manifest and all tensors; its bytes are verified first."""
+    store, path, manifest = find_checkpoint(str(run_dir), which)
+    if faults := verify_checkpoint(store, path, manifest):
+        raise CorruptCheckpointError(f"{store.shown(path)} is not what was committed: {faults[0]}", store.shown(path))
+    reader = CheckpointReader(store, path, manifest)
+    tensors = {name: reader.create(name, torch.device("cpu")) for name in manifest.tensors}
+    reader.close()
+    return manifest, tensors
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Also strides: a resume must not change how a tensor lies in memory."""
+    if (one.shape, one.dtype, one.stride()) != (other.shape, other.dtype, other.stride()):
+        return False
+    flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*flat)

@@ -1,0 +1,76 @@
+"""An evaluation that a signal cuts short: when it may be cut, and what is put back, as if it had not begun.
+
+    epoch's last update | evaluation: batches, cut by a rank that was told to leave | end_epoch: the ranks agree on it
+                        '- EvaluationStart: random generators, schedules -------------- put back -> saved as pending
+
+Invariant: ranks that wait for each other between two batches of an evaluation are never parted: such an evaluation is
+not cut. What an evaluation changes besides (weights, registered objects) is the loop's to leave alone until
+`run.end_epoch`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dist_train.rng import capture_rng, restore_rng
+from dist_train.state import LiveState
+from dist_train.world import count_collectives
+
+Json = Any
+
+
+class EvaluationStart:
+    """What stood where when the epoch's last update was in."""
+
+    def __init__(self, live: LiveState) -> None:
+        self._live = live
+        self._rng = capture_rng()
+        self._schedules = {name: copy.deepcopy(one.state_dict()) for name, one in live.schedulers.items()}
+        self._rates = {name: _settings(one) for name, one in live.optimizers.items()}
+
+    def put_back(self) -> None:
+        """ReduceLROnPlateau was perhaps told of half an evaluation, and random numbers were drawn for it."""
+        for name, state in self._schedules.items():
+            self._live.schedulers[name].load_state_dict(state)
+        for name, groups in self._rates.items():
+            for group, settings in zip(self._live.optimizers[name].param_groups, groups, strict=True):
+                group.update(settings)
+        restore_rng(self._rng)
+
+
+def _settings(optimizer: Any) -> list[dict[str, Json]]:
+    """Of each parameter group; a learning rate that is a tensor is copied."""
+    return [
+        {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+class Cut:
+    """Whether the evaluation in progress ends early on this rank."""
+
+    def __init__(self) -> None:
+        self.start: EvaluationStart | None = None
+        """Set where an epoch's training has ended."""
+        self.is_made = False
+        """This rank's evaluation did end early."""
+        self._waits_for_others = False
+
+    def begin(self, start: EvaluationStart) -> None:
+        self.start, self.is_made = start, False
+
+    def end(self) -> None:
+        self.start, self.is_made = None, False
+
+    def watched(self, batches: Iterator[Any], is_told: Callable[[], bool]) -> Iterator[Any]:
+        """Batches of an evaluation, the first of them in any case: nobody must reduce nothing."""
+        before = count_collectives()
+        for index, batch in enumerate(batches):
+            if index and self.start is not None:
+                self._waits_for_others = self._waits_for_others or count_collectives() != before
+                if not self._waits_for_others and is_told():
+                    self.is_made = True
+                    return
+            yield batch

@@ -1,0 +1,122 @@
+"""Signals under real launchers: what is saved, which exit codes come out, and that the next start goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launch import ROOT, Outcome, run_command, torchrun
+from tests.support.signalled import SignalPlan
+from tests.support.small_run import events_of, status_of
+from tests.support.twins import assert_same_run
+
+SPECIMEN = str(ROOT / "tests/support/specimen.py")
+SIGNALLED = str(ROOT / "tests/support/signalled.py")
+LIFE_SECONDS = 120.0
+pytestmark = pytest.mark.distributed
+
+
+def script(run_dir: Path, *more: str) -> list[str]:
+    """No save but at the stop: what is there afterwards was made by the signal."""
+    return [SIGNALLED, SPECIMEN, "--run-dir", str(run_dir), "--epochs", "2", "--every-steps", "1000", *more]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks to which nothing ever happened."""
+    run_dir = tmp_path_factory.mktemp("twin") / "run"
+    run_command(torchrun(2, *script(run_dir)), deadline_seconds=LIFE_SECONDS).require_success()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def lone_twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("twin") / "run"
+    run_command([sys.executable, *script(run_dir)], deadline_seconds=LIFE_SECONDS).require_success()
+    return run_dir
+
+
+def run_signalled(command: list[str], plan: SignalPlan) -> Outcome:
+    ended = run_command(command, deadline_seconds=LIFE_SECONDS, extra=plan.to_environment())
+    assert plan.has_fired, ended.output
+    assert "KeyboardInterrupt" not in ended.output
+    return ended
+
+
+def require_stopped(run_dir: Path, name: str, reason: str) -> dict[str, Any]:
+    """Saved where it was told to stop, in the middle; returns the checkpoint's progress."""
+    status = status_of(run_dir)
+    assert status["status"] == reason
+    (event,) = events_of(run_dir, "preempted")
+    assert event["signal"] == name
+    assert 0 < event["global_step"] == status["global_step"] < 14
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    progress: dict[str, Any] = json.loads((newest / "manifest.json").read_text())["progress"]
+    assert progress["global_step"] == status["global_step"]
+    return progress
+
+
+HANDLED = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+AGENT_TOLD = [
+    pytest.param("SIGTERM", "preempted", [], id="SIGTERM"),
+    pytest.param("SIGUSR1", "preempted", HANDLED, id="SIGUSR1", marks=pytest.mark.slow),
+    pytest.param("SIGINT", "interrupted", [], id="SIGINT", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "reason", "flags"), AGENT_TOLD)
+def test_a_signal_to_torchrun_saves_on_both_ranks_with_workers_alive_and_is_gone_on_from(
+    name: str, reason: str, flags: list[str], tmp_path: Path, twin: Path
+) -> None:
+    """Its agent signals each worker's whole process group: the DataLoader's workers get it, too."""
+    run_dir, plan = tmp_path / "run", SignalPlan(str(tmp_path / "fired"), signal=name, to="launcher")
+    command = torchrun(2, *script(run_dir, "--workers", "1"), max_restarts=3)
+    at = command.index("--max-restarts")
+    command[at:at] = flags
+    ended = run_signalled(command, plan)
+    assert ended.returncode != 0  # the agent's own
+    assert f"{name}: saving at the next step boundary and stopping." in ended.output
+    assert "DataLoader worker" not in ended.output
+    require_stopped(run_dir, name, reason)
+    run_command(torchrun(2, *script(run_dir, "--workers", "1")), deadline_seconds=LIFE_SECONDS).require_success()
+    assert_same_run(twin, run_dir)
+
+
+def test_a_signal_to_one_rank_in_its_evaluation_stops_both_and_the_evaluation_is_made_again(
+    tmp_path: Path, twin: Path
+) -> None:
+    """Plain torchrun must not restart what was told to stop: exit code 0."""
+    run_dir = tmp_path / "run"
+    plan = SignalPlan(str(tmp_path / "fired"), rank=1, at="evaluation", count=1)
+    ended = run_signalled(torchrun(2, *script(run_dir), max_restarts=3), plan).require_success()
+    progress = require_stopped(run_dir, "SIGTERM", "preempted")
+    assert (progress["evaluation"], progress["epochs_completed"]) == ("pending", 0)
+    assert "Run the same command (or notebook) again" in ended.output
+    assert "Epoch 1/2" not in ended.output
+    run_command(torchrun(2, *script(run_dir)), deadline_seconds=LIFE_SECONDS).require_success()
+    assert_same_run(twin, run_dir)
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_whole_group_and_ends_with_130_saved(tmp_path: Path, lone_twin: Path) -> None:
+    run_dir, plan = tmp_path / "run", SignalPlan(str(tmp_path / "fired"), signal="SIGINT", to="group", count=18)
+    ended = run_signalled([sys.executable, *script(run_dir, "--workers", "2")], plan)
+    assert ended.returncode == 128 + signal.SIGINT
+    require_stopped(run_dir, "SIGINT", "interrupted")
+    run_command([sys.executable, *script(run_dir)], deadline_seconds=LIFE_SECONDS).require_success()
+    assert_same_run(lone_twin, run_dir)
+
+
+def test_survivors_of_a_dead_rank_that_hang_leave_long_before_torchrun_would_kill_them(tmp_path: Path) -> None:
+    """Rank 2 sleeps, rank 1 waits for it in a collective, rank 0 dies: no error ever comes to rank 2."""
+    run_dir = tmp_path / "run"
+    plan = SignalPlan(str(tmp_path / "fired"), signal="SIGKILL", rank=0, hanging_rank=2, count=6)
+    ended = run_signalled(torchrun(3, *script(run_dir, "--epochs", "1"), max_restarts=1), plan).require_success()
+    assert "Rank 2 is ended now: SIGTERM came" in ended.output
+    assert "Unable to shutdown process" not in ended.output
+    assert "tick" in ended.output  # the stack says where it hung
+    assert status_of(run_dir)["status"] == "done"
