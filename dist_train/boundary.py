@@ -104,6 +104,9 @@ class Boundary:
 
     def open(self, saved_step: int) -> None:
         """Time counts from here; `saved_step` is in this directory already, -1 for none."""
+        self.saves_are_over = False
+        self._committed_step = -1
+        self._deadline.begin()
         self._last_saved_step = saved_step
         self._last_save_time = time.monotonic()
 
@@ -132,7 +135,7 @@ class Boundary:
         wish = wish or (StopReason.TIME_LIMIT if over else None)
         agreed = self._exchange(wish, force=ends_epoch or self._save_requested)
         self._raise_failures(agreed)
-        if self.reached_max_steps:
+        if self.reached_max_steps and not self.saves_are_over:  # a run that goes back takes steps off
             self.stop = self.stop or StopReason.DONE
         return agreed
 
