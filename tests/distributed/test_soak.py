@@ -20,7 +20,7 @@ SPECIMEN = str(ROOT / "tests/support/specimen.py")
 SOAKED = str(ROOT / "tests/support/soaked.py")
 RANKS = 2
 KILL_SECONDS = 20.0
-EPOCHS = 560
+EPOCHS = 500
 """Of 28 micro-steps: ten minutes with the pause, on a quiet machine."""
 PAUSE_SECONDS = 0.03
 HELD = ("resident", "descriptors", "processes", "shared_memory")
@@ -95,9 +95,9 @@ def require_no_leak(figures: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(5400)
 def test_ten_minutes_of_kills_lose_nothing_and_leak_nothing(tmp_path: Path) -> None:
-    soaked, figures = soak_and_compare(tmp_path, EPOCHS, deadline_seconds=1700)
+    soaked, figures = soak_and_compare(tmp_path, EPOCHS, deadline_seconds=2400)
     assert len(soaked.kills) >= soaked.seconds / KILL_SECONDS / 2, soaked.kills
     require_goodput(figures)
     require_no_leak(figures)

@@ -12,6 +12,7 @@ import pytest
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
 from dist_train.cli import main
+from dist_train.commands.launch import _goodput
 from dist_train.errors import DeadlineError
 from dist_train.run import Run
 from dist_train.time_ledger import read_pulses
@@ -128,3 +129,11 @@ def test_an_attempt_that_failed_to_begin_is_counted(failed_once: Path, capsys: p
     facts = json.loads(capsys.readouterr().out)
     assert [one["resumed_step"] for one in facts["attempts"]] == [0, 8, None, 12]
     assert facts["lost_steps"] == 2
+
+
+def test_the_launcher_tells_the_same_goodput(failed_once: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["report", str(failed_once), "--json"]) == 0
+    assert _goodput(str(failed_once)) == json.loads(capsys.readouterr().out)["goodput"]
+    assert _goodput(None) is None
+    assert _goodput(str(failed_once.parent / "elsewhere")) is None
