@@ -46,7 +46,7 @@ class RunOptions:
     under plain torchrun, which restarts on any code but 0."""
     grace: str | float | None = None
     """How long a rank that was told to leave may take to a step boundary, before it is ended without one; None takes
-    DIST_TRAIN_GRACE (seconds), else 28 s under torchrun, which kills after 30, and 10 minutes elsewhere."""
+    DIST_TRAIN_GRACE, else 28 s under torchrun, which kills after 30, and 10 minutes elsewhere."""
     own_gradients: bool = False
     """The loop averages the gradients over the processes by itself: a trained model may then be wrapped by nothing
     that does."""
