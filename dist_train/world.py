@@ -219,7 +219,8 @@ class TorchWorld(World):
             )
         started = time.monotonic()
         try:
-            collective()
+            with phases.awaiting(what):
+                collective()
         except RuntimeError as error:
             waited = time.monotonic() - started
             raise DeadlineError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 from dist_train.checkpoint.store import Store
@@ -18,10 +17,6 @@ from dist_train.commands.command import AddCommand
 from dist_train.console import finite, print_text
 from dist_train.errors import ConfigError
 from dist_train.time_ledger import read_time
-from dist_train.units import parse_seconds
-
-GRACE_VARIABLE = "DIST_TRAIN_GRACE"
-"""Environment variable: what the platform lets a process take to end, `30s` for instance."""
 
 
 def add_commands(add: AddCommand) -> None:
@@ -88,7 +83,10 @@ def _launch(args: argparse.Namespace) -> int:
 
 def _goodput(run_dir: str | None) -> float | None:
     """As the run's own account has it; None where no run was entered, or its directory is not here."""
-    run = None if run_dir is None else read_time(Store(run_dir))
+    try:
+        run = None if run_dir is None else read_time(Store(run_dir))
+    except OSError:
+        return None
     return None if run is None else run.goodput
 
 
@@ -97,7 +95,6 @@ def _say(line: str) -> None:
 
 
 def _options(args: argparse.Namespace) -> LaunchOptions:
-    grace = args.grace or os.environ.get(GRACE_VARIABLE)
     endpoint = args.rdzv_endpoint
     if args.rdzv_backend == "static" and not endpoint:
         endpoint = f"{args.master_addr or '127.0.0.1'}:{args.master_port}"
@@ -117,7 +114,7 @@ def _options(args: argparse.Namespace) -> LaunchOptions:
         monitor_interval=args.monitor_interval,
         start_method=args.start_method,
         preload=[name for name in args.preload.split(",") if name],
-        grace_seconds=None if grace is None else parse_seconds(grace),
+        grace=args.grace,
     )
 
 

@@ -46,6 +46,8 @@ class Difference:
     sampler: str = ""
     loader_is_known: bool = True
     """Whether the run was given the training loader."""
+    batch_is_known: bool = True
+    """Whether a batch was seen: a loop may make its own."""
     optimizers: int = 1
     suspects: Sequence[tuple[str, str, str]] = field(default_factory=tuple)
     """Variables of the script that were other than in the uninterrupted run before that step: (name, there, here)."""
@@ -103,7 +105,9 @@ def _pairs(expected: Json, found: Json) -> Iterator[tuple[str, Json, Json, dict[
     """What a step used and did, in the order in which it acts. A generator that stands elsewhere matters only where
     something comes of it: many a script seeds torch alone and draws from nothing else.
     """
-    for index, (one, two) in enumerate(zip(expected["batches"], found["batches"], strict=False)):
+    is_known = True
+    for one, two in zip(expected["batches"], found["batches"], strict=False):
+        is_known = is_known and two["content"] is not None
         same_results = one["loss"] == two["loss"] and expected["weights"] == found["weights"]
         for what in _OF_A_BATCH:
             if what == "rng" and same_results:
@@ -112,11 +116,16 @@ def _pairs(expected: Json, found: Json) -> Iterator[tuple[str, Json, Json, dict[
             a, b = (one[shown[0]], two[shown[1]])
             if a == b and one[what] != two[what]:
                 a, b = one[what], two[what]
-            yield what, a, b, {"sampler": two.get("sampler", ""), "tensor": f"micro-batch {index + 1}" if index else ""}
+            yield what, a, b, {"sampler": two.get("sampler", ""), "batch_is_known": is_known}
     yield "samples", len(expected["batches"]), len(found["batches"]), {}
     yield "lr", expected["lr"], found["lr"], {}
     tensor = _first_key(expected["weights"], found["weights"])
-    yield "weights", expected["weights"].get(tensor), found["weights"].get(tensor), {"tensor": tensor}
+    yield (
+        "weights",
+        expected["weights"].get(tensor),
+        found["weights"].get(tensor),
+        {"tensor": tensor, "batch_is_known": is_known},
+    )
 
 
 def _first_key(one: Mapping[str, Json], other: Mapping[str, Json]) -> str:
@@ -259,6 +268,19 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
             sentence=f"{at} the learning rate is {_plain(difference.found)} instead of {_plain(difference.expected)}: "
             f"what decides it is in no checkpoint.{_suspects(difference)}",
             advice="Give the Run the scheduler (scheduler=), or compute the rate from run.global_step.",
+        )
+    return _diagnose_result(difference, at)
+
+
+def _diagnose_result(difference: Difference, at: str) -> Diagnosis:
+    """The inputs of a step are equal, as far as they are known, and its loss or weights are not."""
+    if not difference.batch_is_known and not difference.loader_is_known:
+        return Diagnosis(
+            cause=ORDER,
+            sentence=f"{at} another {_result(difference)} comes of the same weights. The loop iterates batches of its "
+            f"own, whose place nobody knows: after a resume the epoch begins again.{_suspects(difference)}",
+            advice="Give the Run a loader (loader=) and iterate run.batches(loader), or save at the ends of epochs "
+            "only: CheckpointPolicy(every_epochs=1).",
         )
     what = "weights" if difference.what == "weights" else "loss"
     missing = " The Run was given no optimizer." if not difference.optimizers else ""

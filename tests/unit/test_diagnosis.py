@@ -152,6 +152,15 @@ def test_a_resume_that_differs_is_told_why(changed: dict[int, Json], begin: Json
     assert diagnosis.advice
 
 
+def test_a_loop_over_batches_of_its_own_is_told_that_it_has_no_place() -> None:
+    unseen: Json = {"samples": None, "shown": None, "content": None}
+    before = {"run": [life(1, 9, changed={4: step(4, unseen)})]}
+    found = first_difference(before, {"run": [life(4, 9, 2, {4: step(4, {**unseen, "loss": "9"})}, loader=False)]})
+    assert found is not None
+    assert diagnose_resume(found).cause == ORDER
+    assert "The loop iterates batches of its own, whose place nobody knows" in diagnose_resume(found).sentence
+
+
 def test_a_generator_that_nothing_draws_from_is_no_difference() -> None:
     changed = {number: step(number, {"rng": rng(number, python="x")}, rng=rng(number, python="x")) for number in (4, 5)}
     twin = {"run": [life(1, 9, changed=changed)]}

@@ -80,7 +80,7 @@ def test_torchrun_sh_builds_the_command_that_it_shows() -> None:
     several = torchrun_sh(
         "train.py", NPROC="8", PYTHON="echo", NNODES="2:4", RDZV_ENDPOINT="node0:29400", MAX_RESTARTS="0", RDZV_ID="j"
     )
-    rendezvous = "--rdzv-backend c10d --rdzv-endpoint node0:29400 --rdzv-id j"
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint node0:29400 --rdzv-id j --rdzv-conf last_call_timeout=10"
     flags = f"--nnodes 2:4 --nproc-per-node 8 --max-restarts 0 {rendezvous}"
     assert several.stdout.splitlines()[-1] == f"-m torch.distributed.run {flags} train.py"
 
