@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -63,8 +64,24 @@ SECOND_COMMANDS: dict[tuple[str, str], str] = {
     ("exit", "rendezvous"): "an error before the run was entered is not restarted",
 }
 """Cells whose launch ends with an error, and why; a SIGTERM to the launcher ends every one, as it should."""
+INTRODUCTION = """\
+# Fault by phase
+
+What comes of each fault at each phase of a run under `dist-train launch`, as it was tried. Written by
+`python -m tests.support.fault_table docs/fault-table.md`, which runs every cell; so does `scripts/check.sh --all`, and
+`scripts/check.sh` runs a sample. Whatever a cell says, the finished run equalled the one that met no fault bit for bit:
+weights, buffers, optimizer, scheduler, random generators and the history of metrics.
+
+*n attempts*: the launcher started the workers again by itself. *stops*: the launch ended, with that status and newest
+checkpoint, and the same command went on. Committing and retention are the main rank's: there the fault comes while the
+main rank does it, and an exception or an exit is the main rank's own. An exception in the thread that writes a
+checkpoint costs that one save; the process trains on.""".splitlines()
 NO_WORKERS = ("rendezvous", "rejoin", "load", "evaluation")
 """Where there is no DataLoader worker yet, or none any more."""
+
+
+_ATTEMPTS = re.compile(r"after (\d+) attempts")
+"""In the launcher's summary."""
 
 
 def _reaches(when: dict[str, Json], last: int) -> int:
@@ -186,7 +203,7 @@ def _note(cell: Cell, first: Outcome, run_dir: Path, before: Result | None = Non
     return Result(
         cell=cell,
         launches=1 if before is None else 2,
-        attempts=len(list((run_dir / "attempts").glob("[0-9]*"))) if run_dir.exists() else 0,
+        attempts=int(found[1]) if (found := _ATTEMPTS.search(first.output)) else 1,
         first_exit=first.returncode,
         status=_status(run_dir)["status"] if before is None else before.status,
         newest_step=_newest_step(run_dir) if before is None else before.newest_step,
@@ -208,18 +225,7 @@ def _newest_step(run_dir: Path) -> int:
 
 def page(results: Sequence[Result]) -> str:
     """docs/fault-table.md."""
-    lines = [
-        "# Fault by phase",
-        "",
-        "What comes of each fault at each phase of a run under `dist-train launch`, as it was tried: written by",
-        "`python -m tests.support.fault_table docs/fault-table.md`, which runs every cell. `scripts/check.sh --all` runs",
-        "them all, `scripts/check.sh` a sample. Whatever a cell says, the finished run equalled the one that met no fault",
-        "bit for bit: weights, buffers, optimizer, scheduler, random generators and the history of metrics.",
-        "",
-        "*n attempts*: the launcher started the workers again by itself. *stops*: the launch ended, with that status and",
-        "newest checkpoint, and the same command went on. A phase that only the main rank has (commit, retention) is the",
-        "main rank's, also where the fault meets the last rank.",
-    ]
+    lines = [*INTRODUCTION]
     for world_size in sorted({result.cell.world_size for result in results}):
         of_size = {(one.cell.fault, one.cell.phase): one for one in results if one.cell.world_size == world_size}
         lines += [
