@@ -32,6 +32,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 
 from dist_train.cluster.attempts import describe, merge, report_of_node
 from dist_train.cluster.folder import Folder
+from dist_train.cluster.grace import Grace
 from dist_train.cluster.peers import SILENT_SECONDS, Peers
 from dist_train.cluster.restart_policy import Restart, RestartPolicy, Stop
 from dist_train.cluster.signals import TOLD_EARLY, Signals, StopAskedError
@@ -64,7 +65,7 @@ class Agent(SimpleElasticAgent):
 
     Args:
         most_nodes: 1 is this machine alone.
-        grace_seconds: what workers that were asked to end may take; None goes by the measured time of a save.
+        grace: what workers that were asked to end may take; where nobody says so, by the measured time of a save.
         say: tells the user something at once.
     """
 
@@ -77,15 +78,16 @@ class Agent(SimpleElasticAgent):
         folder: Folder,
         *,
         most_nodes: int,
-        grace_seconds: float | None,
+        grace: Grace,
         say: Callable[[str], None],
     ) -> None:
         super().__init__(spec)
         self._workers, self._policy, self._signals, self._folder = workers, policy, signals, folder
-        self._most_nodes, self._grace, self._say = most_nodes, grace_seconds, say
+        self._most_nodes, self._grace, self._say = most_nodes, grace, say
         self._attempt = 0
         self._peers: Peers | None = None
         self._kill_at = float("inf")
+        self._warned = False
         self._next_look = 0.0
         self._looks: Counter[int] = Counter()
 
@@ -244,7 +246,13 @@ class Agent(SimpleElasticAgent):
             self._next_look = time.monotonic() + ALONE_SECONDS
             stopped = self._workers.stopped()
             self._looks = Counter({rank: self._looks[rank] + 1 for rank in stopped})
+            self._warn_of_grace()
         return any(looks >= STOPPED_LOOKS for looks in self._looks.values())
+
+    def _warn_of_grace(self) -> None:
+        if not self._warned and (why := self._grace.why_too_short(_save_seconds(self._notes()))):
+            self._warned = True
+            self._say(why)
 
     def _forward(self) -> None:
         """Each signal that came, once to each worker of this node; from the first on they have a grace."""
@@ -299,7 +307,8 @@ class Agent(SimpleElasticAgent):
         return min(PEER_GRACE_SECONDS + 2 * _save_seconds(notes), LONGEST_PEER_GRACE_SECONDS)
 
     def _stop_grace(self) -> float:
-        return self._grace if self._grace is not None else max(STOP_GRACE_SECONDS, 3 * _save_seconds(self._notes()))
+        known = self._grace.seconds
+        return max(STOP_GRACE_SECONDS, 3 * _save_seconds(self._notes())) if known is None else known
 
     # After an attempt
 

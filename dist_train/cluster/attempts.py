@@ -18,7 +18,7 @@ from dist_train.cluster.workers import Exit
 Json = Any
 _LOST_A_PEER = re.compile(r"closed by peer|reset by peer|Connection refused|Broken pipe|lost them|DistNetworkError")
 """In what torch.distributed says when another process has gone."""
-MIDWAY = "it left with exit code 0 in the middle of its run"
+MIDWAY = "left with exit code 0 in the middle of its run"
 
 
 def report_of_node(

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
+from dist_train.checkpoint.selection import open_run
 from dist_train.cluster.launch import GIVE_UP_AFTER, MAX_RESTARTS, MONITOR_SECONDS, LaunchOptions, launch
 from dist_train.cluster.summary import summary_json, summary_lines
 from dist_train.cluster.worker import Program
 from dist_train.commands.command import AddCommand
 from dist_train.console import finite, print_text
-from dist_train.errors import ConfigError
-from dist_train.units import parse_seconds
-
-GRACE_VARIABLE = "DIST_TRAIN_GRACE"
-"""Environment variable: what the platform lets a process take to end, `30s` for instance."""
+from dist_train.errors import ConfigError, DistTrainError
+from dist_train.goodput import fold_time
+from dist_train.time_ledger import read_events, read_pulses
 
 
 def add_commands(add: AddCommand) -> None:
@@ -76,11 +74,24 @@ def _add(group: Any, name: str, **settings: Any) -> None:
 
 def _launch(args: argparse.Namespace) -> int:
     conclusion = launch(_options(args), _say)
-    for line in summary_lines(conclusion):
+    for line in summary_lines(conclusion, _goodput_of(conclusion.run_dir)):
         _say(line) if not line.startswith(" ") else print_text(line, error=True)
     if args.json:
         print_text(json.dumps(finite(summary_json(conclusion)), allow_nan=False))
     return conclusion.exit_code
+
+
+def _goodput_of(run_dir: str | None) -> float | None:
+    """Of the run, over all its attempts; None where it tells nothing (a script without dist_train, a lost disk)."""
+    if run_dir is None:
+        return None
+    try:
+        store = open_run(run_dir)
+        pulses = read_pulses(store)
+        run = fold_time(read_events(store), pulses.values())
+    except (DistTrainError, OSError):
+        return None
+    return run.goodput if run is not None else None
 
 
 def _say(line: str) -> None:
@@ -88,7 +99,6 @@ def _say(line: str) -> None:
 
 
 def _options(args: argparse.Namespace) -> LaunchOptions:
-    grace = args.grace or os.environ.get(GRACE_VARIABLE)
     endpoint = args.rdzv_endpoint
     if args.rdzv_backend == "static" and not endpoint:
         endpoint = f"{args.master_addr or '127.0.0.1'}:{args.master_port}"
@@ -108,7 +118,7 @@ def _options(args: argparse.Namespace) -> LaunchOptions:
         monitor_interval=args.monitor_interval,
         start_method=args.start_method,
         preload=[name for name in args.preload.split(",") if name],
-        grace_seconds=None if grace is None else parse_seconds(grace),
+        grace=args.grace,
     )
 
 
