@@ -207,6 +207,13 @@ def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str],
     assert "give KEY=VALUE pairs" in capsys.readouterr().err
 
 
+def test_a_nodes_address_is_where_the_way_to_the_endpoint_leaves_it() -> None:
+    assert options().address is None
+    assert options(nnodes="2", rdzv_endpoint="127.0.0.1:1").address is None
+    assert options(nnodes="2", rdzv_endpoint="no.such.host.invalid:1").address is None
+    assert options(nnodes="2", rdzv_endpoint="127.0.0.1:1", local_addr="10.0.0.7").address == "10.0.0.7"
+
+
 # Grace
 
 
