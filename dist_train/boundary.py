@@ -104,6 +104,9 @@ class Boundary:
 
     def open(self, saved_step: int) -> None:
         """Time counts from here; `saved_step` is in this directory already, -1 for none."""
+        self.saves_are_over = False
+        self._committed_step = -1
+        self._deadline.begin()
         self._last_saved_step = saved_step
         self._last_save_time = time.monotonic()
 
@@ -127,12 +130,12 @@ class Boundary:
         steps = 0 if evaluation_is_next else self._agreement.interval
         evaluation = evaluation_is_next or evaluation_is_near
         over = not nothing_follows and self._deadline.is_over(steps=steps, evaluation=evaluation)
-        told = self.hear() and not nothing_follows
+        told = not nothing_follows and self.hear()
         wish = strongest(self.stop_wish, self._preemption.reason if told else None)
         wish = wish or (StopReason.TIME_LIMIT if over else None)
         agreed = self._exchange(wish, force=ends_epoch or self._save_requested)
         self._raise_failures(agreed)
-        if self.reached_max_steps:
+        if self.reached_max_steps and not self.saves_are_over:  # a run that goes back takes steps off
             self.stop = self.stop or StopReason.DONE
         return agreed
 

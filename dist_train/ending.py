@@ -99,7 +99,8 @@ class Ending:
         # A rank 0 that was cut off, or stood still, wakes up beside the attempt that goes on without it.
         if not (isinstance(error, RunInUseError) or self._checkpointer.is_lost):
             step = self._progress.now.global_step
-            self._reporter.events.write("stopped", reason=self.reason, global_step=step, error=_one_line(error))
+            told = {"error": _one_line(error), "lost_peers": lonely}
+            self._reporter.events.write("stopped", reason=self.reason, global_step=step, **told)
             self.write_status(self.reason, error=_one_line(error))
         self._tracking.finish()
 

@@ -9,15 +9,14 @@ import argparse
 import json
 from typing import Any
 
-from dist_train.checkpoint.selection import open_run
+from dist_train.checkpoint.store import Store
 from dist_train.cluster.launch import GIVE_UP_AFTER, MAX_RESTARTS, MONITOR_SECONDS, LaunchOptions, launch
 from dist_train.cluster.summary import summary_json, summary_lines
 from dist_train.cluster.worker import Program
 from dist_train.commands.command import AddCommand
 from dist_train.console import finite, print_text
-from dist_train.errors import ConfigError, DistTrainError
-from dist_train.goodput import fold_time
-from dist_train.time_ledger import read_events, read_pulses
+from dist_train.errors import ConfigError
+from dist_train.time_ledger import read_time
 
 
 def add_commands(add: AddCommand) -> None:
@@ -74,24 +73,21 @@ def _add(group: Any, name: str, **settings: Any) -> None:
 
 def _launch(args: argparse.Namespace) -> int:
     conclusion = launch(_options(args), _say)
-    for line in summary_lines(conclusion, _goodput_of(conclusion.run_dir)):
+    for line in summary_lines(conclusion, _goodput(conclusion.run_dir)):
         _say(line) if not line.startswith(" ") else print_text(line, error=True)
     if args.json:
-        print_text(json.dumps(finite(summary_json(conclusion)), allow_nan=False))
+        facts = {**summary_json(conclusion), "goodput": _goodput(conclusion.run_dir)}
+        print_text(json.dumps(finite(facts), allow_nan=False))
     return conclusion.exit_code
 
 
-def _goodput_of(run_dir: str | None) -> float | None:
-    """Of the run, over all its attempts; None where it tells nothing (a script without dist_train, a lost disk)."""
-    if run_dir is None:
-        return None
+def _goodput(run_dir: str | None) -> float | None:
+    """As the run's own account has it; None where no run was entered, or its directory is not here."""
     try:
-        store = open_run(run_dir)
-        pulses = read_pulses(store)
-        run = fold_time(read_events(store), pulses.values())
-    except (DistTrainError, OSError):
+        run = None if run_dir is None else read_time(Store(run_dir))
+    except OSError:
         return None
-    return run.goodput if run is not None else None
+    return None if run is None else run.goodput
 
 
 def _say(line: str) -> None:
