@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dist_train import launched
 from dist_train.boundary import Boundary
 from dist_train.checkpoint.checkpointer import Checkpointer
-from dist_train.collectives import has_lost_peers
 from dist_train.errors import ExitCode, RunInUseError, StopReason
 from dist_train.health.leaving import leave_by
+from dist_train.lost import has_lost_peers
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.tracking import Tracking

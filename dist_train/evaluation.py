@@ -14,9 +14,9 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dist_train.collectives import count_collectives
 from dist_train.rng import capture_rng, restore_rng
 from dist_train.state import LiveState
+from dist_train.world import count_collectives
 
 Json = Any
 

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -270,18 +270,17 @@ class _StoreMailbox(Mailbox):
             ) from error
 
 
-LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
-"""Environment variable: the process that `dist-train launch` starts its workers from, in their environment."""
-_FIRST_PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def launcher_is_gone() -> bool:
-    """Whether the launcher (torchrun's agent, or ours) has died and left this worker behind: nobody would restart or
-    end it any more.
+def count_collectives() -> int | None:
+    """Those of all groups so far: whether this rank has waited for others between two moments. None where a backend
+    does not count them.
     """
-    told = os.environ.get(LAUNCHER_PID)  # a forked worker has imported this before it was one
-    launcher = int(told) if told else _FIRST_PARENT
-    return launcher is not None and os.getppid() != launcher
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    groups: Iterable[Any] = dist.distributed_c10d._world.pg_map
+    try:
+        return int(sum(group._get_sequence_number_for_group() for group in groups))
+    except RuntimeError:
+        return None
 
 
 def _attempt(work: Callable[[], Json]) -> Json:
