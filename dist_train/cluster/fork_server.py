@@ -40,7 +40,7 @@ PRELOADED = (
     "dist_train.trainer",
 )
 PARENT_VARIABLE = "DIST_TRAIN_LAUNCHER_PID"
-"""Environment variable of a worker: the process whose death leaves it behind, see `world.launcher_is_gone`."""
+"""Environment variable of a worker: the process whose death leaves it behind, see `lost.launcher_is_gone`."""
 ORPHANS_GRACE_SECONDS = 30.0
 """How long workers may take to save and leave when the launcher has died."""
 _PR_SET_PDEATHSIG = 1

@@ -25,6 +25,7 @@ from dist_train.cluster.signals import TOLD_EARLY, Signals, StopAskedError
 from dist_train.cluster.summary import Conclusion
 from dist_train.cluster.worker import Program
 from dist_train.cluster.workers import Workers
+from dist_train.connections import watch_new_connections
 from dist_train.errors import ConfigError
 
 MAX_RESTARTS = 3
@@ -155,7 +156,8 @@ def _launch(
     from dist_train.cluster.agent import Agent
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    with signals.interrupting():
+    # A call on a store whose host has vanished would wait for TCP to give up, 15 minutes, deaf to every signal.
+    with signals.interrupting(), watch_new_connections():
         handler = _make_rendezvous(options)
     spec = WorkerSpec(
         role="default",
