@@ -7,7 +7,7 @@ random generators are put back last, when nothing that belongs to the start can 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Beginning:
     ) -> None:
         self.opened: Opened | None = None
         """The checkpoint that the run goes on from; None is a fresh start."""
+        self.on_attempt: Callable[[int], None] = lambda attempt: None
+        """Told of the attempt's number, before a checkpoint is looked for; may be collective."""
         self._store = store
         self._world = world
         self._checkpointer = checkpointer
@@ -97,6 +99,7 @@ class Beginning:
         attempt = self._checkpointer.attempt
         set_up_logging(self._world.rank, self._world.world_size, attempt)
         self._reporter.events.attempt = attempt
+        self.on_attempt(attempt)
         self._again = relabelled(resume) if ResumeRequest.parse(resume).kind == "branch" else ""
         with phases.within(Phase.LOAD):
             self.opened = self._checkpointer.restore(resume)

@@ -21,12 +21,13 @@ from dist_train.checkpoint.writer import Committed, Event, SaveFailed
 from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
 from dist_train.health.deadline import Deadline, session_start
 from dist_train.health.preemption import Preemption
+from dist_train.lost import launcher_is_gone
 from dist_train.phases import Phase
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.state import Capture
 from dist_train.units import parse_seconds
-from dist_train.world import World, launcher_is_gone
+from dist_train.world import World
 
 _LEAVING = (StopReason.PREEMPTED, StopReason.INTERRUPTED)
 Snapshot = Callable[[str], tuple[Capture, Draft]]
@@ -130,7 +131,7 @@ class Boundary:
         steps = 0 if evaluation_is_next else self._agreement.interval
         evaluation = evaluation_is_next or evaluation_is_near
         over = not nothing_follows and self._deadline.is_over(steps=steps, evaluation=evaluation)
-        told = self.hear() and not nothing_follows
+        told = not nothing_follows and self.hear()
         wish = strongest(self.stop_wish, self._preemption.reason if told else None)
         wish = wish or (StopReason.TIME_LIMIT if over else None)
         agreed = self._exchange(wish, force=ends_epoch or self._save_requested)

@@ -88,7 +88,7 @@ class ConnectionWatch:
             for inode in lost:
                 with _borrowed(self._watched.pop(inode), inode) as connection:
                     if connection is not None:
-                        addresses.add(connection.getpeername()[0])
+                        addresses.add(connection.getpeername()[0].removeprefix("::ffff:"))
                         connection.shutdown(socket.SHUT_RDWR)
         return sorted(addresses)
 
@@ -118,8 +118,8 @@ class ConnectionWatch:
             if addresses := self.close_silent():
                 logger.warning(
                     "%s has acknowledged nothing for %.0f s: that machine is down, or the network between it and this "
-                    "one (%s) is. The connections to it are closed, so that whatever waits for its ranks ends and the "
-                    "launcher starts again without them. DIST_TRAIN_HOST_PATIENCE sets another number of seconds.",
+                    "one (%s) is. The connections to it are closed, so that whatever waits on them ends; the side of "
+                    "the rendezvous goes on without the other. DIST_TRAIN_HOST_PATIENCE sets another patience.",
                     " and ".join(addresses),
                     self._patience,
                     socket.gethostname(),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
+from dist_train import phases
 from dist_train.checkpoint.manifest import EVENTS_LOG, METRICS_LOG
 from dist_train.checkpoint.store import Store
 
@@ -128,6 +129,7 @@ class ByteMeter:
 
     def add(self, count: int) -> None:
         """More bytes are done."""
+        phases.beat()
         self.done += count
         now = self._clock()
         if now - self._shown >= (METER_SECONDS if self._console.is_live else PLAIN_METER_SECONDS):

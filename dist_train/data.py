@@ -244,13 +244,26 @@ def _start_worker(then: Callable[[int], None] | None, loader_pid: int, worker_id
     parent = os.getppid()
     if parent == 1 != loader_pid:
         os._exit(0)  # the parent was killed while this worker started; torch's own watchdog would never notice
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS, where SIGTERM keeps its meaning
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for threads that began before the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     if then is not None:
         then(worker_id)
+
+
+def shield_workers(loader: Any) -> None:
+    """Has the workers of a loader of the user's outlive a stop signal, from its next iterator on, as ours do."""
+    while (inner := getattr(loader, "base_dataloader", None)) is not None:  # of Accelerate
+        loader = inner
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        return
+    then = loader.worker_init_fn
+    if not (isinstance(then, partial) and then.func is _start_worker):
+        loader.worker_init_fn = partial(_start_worker, then, os.getpid())
 
 
 def _exit_with_parent(parent: int) -> None:

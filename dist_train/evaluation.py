@@ -69,7 +69,7 @@ class Cut:
         before = count_collectives()
         for index, batch in enumerate(batches):
             if index and self.start is not None:
-                self._waits_for_others = self._waits_for_others or count_collectives() != before
+                self._waits_for_others |= before is None or count_collectives() != before
                 if not self._waits_for_others and is_told():
                     self.is_made = True
                     return

@@ -95,6 +95,7 @@ class BatchFeed:
         for batch in loader:
             if should_stop():
                 return
+            phases.beat()
             yield move_batch(batch, self._device)
 
     def consume(self) -> MicroBatch:

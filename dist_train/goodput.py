@@ -124,9 +124,10 @@ def _records(lines: Iterable[Mapping[str, Json]]) -> dict[tuple[int, float], dic
     """
     found: dict[tuple[int, float], dict[str, Json]] = {}
     for line in lines:
-        key = (int(line["attempt"]), float(line["began"]))
+        attempt = int(line.get("of_attempt", line.get("attempt", 0)))  # a dead one's is told by its successor
+        key = (attempt, float(line["began"]))
         if key not in found or _elapsed(to_micro(line["buckets"])) > _elapsed(to_micro(found[key]["buckets"])):
-            found[key] = dict(line)
+            found[key] = {**line, "attempt": attempt}
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_train import differences
 from dist_train.checkpoint.manifest import Progress
-from dist_train.data import describe_sampler, training_sampler
+from dist_train.data import describe_sampler, shield_workers, training_sampler
 from dist_train.errors import ConfigError
 from dist_train.evaluation import Cut
 from dist_train.feed import BatchFeed
@@ -75,6 +75,7 @@ class Intake:
         self.loader = loader
         self._feed.needs_batch = loader is not None
         if loader is not None and training_sampler(loader) is None:
+            shield_workers(loader)
             self._user = UserLoader(loader, self._show_replay)
 
     # Saving and restoring
@@ -232,6 +233,7 @@ class Intake:
 
     def other_batches(self, loader: Any) -> Iterator[Any]:
         """Of an evaluation, or of a run that was not given its loader: a stop ends the latter only."""
+        shield_workers(loader)
         before = self._progress.now
 
         def should_stop() -> bool:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from dist_train.errors import DeadlineError, DisagreementError
 
 JOIN_TIMEOUT_SECONDS = 600.0
+_FIRST_POLL_SECONDS = 0.002
 _POLL_SECONDS = 0.02
 
 
@@ -32,6 +33,7 @@ def join(store: dist.Store, rank: int, world_size: int, timeout_seconds: float =
     store.set(f"{base}/{rank}", mine)
     deadline = time.monotonic() + timeout_seconds
     roster: dict[str, Any] = {}
+    pause = _FIRST_POLL_SECONDS
     while time.monotonic() < deadline:
         if rank == 0:
             roster = _lead(store, base, world_size, mine, roster)
@@ -39,7 +41,8 @@ def join(store: dist.Store, rank: int, world_size: int, timeout_seconds: float =
             roster = _follow(store, base, rank, mine, roster)
         if roster.get("complete"):
             return str(roster["generation"])
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL_SECONDS)
     missing = _missing(store, base, world_size, roster) if rank == 0 else []
     raise DeadlineError(
         f"Rank {rank} waited {timeout_seconds:.0f} s for all {world_size} ranks to join"

@@ -9,6 +9,7 @@ from typing import Any
 from dist_train.checkpoint.store import Store
 from dist_train.errors import ConfigError
 from dist_train.field_docs import tell_fields
+from dist_train.health.patience import Patience
 from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping
 from dist_train.units import parse_seconds
@@ -35,12 +36,17 @@ class RunOptions:
     from DIST_TRAIN_SESSION_START (Unix time) where that is set, else from the start of the launcher."""
     time_reserve: str | float | None = None
     """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
+    hang_timeout: str | float | None = "auto"
+    """When all ranks come no further for so long, they write their stacks into the run directory's hangs/ and, where a
+    launcher restarts them, end. "auto": 5 minutes for a step or a wait for data, or 12 times the usual one. A time
+    given here ("10min") holds for these exactly. What compiles, saves, loads, evaluates or is the loop's own code (the
+    first step, callbacks) has six times as long, or three times the longest seen. "off" watches nothing."""
     requeue_exit: bool = False
     """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
     under plain torchrun, which restarts on any code but 0."""
     grace: str | float | None = None
     """How long a rank that was told to leave may take to a step boundary, before it is ended without one; None takes
-    DIST_TRAIN_GRACE (seconds), else 28 s under torchrun, which kills after 30, and 10 minutes elsewhere."""
+    DIST_TRAIN_GRACE, else 28 s under torchrun, which kills after 30, and 10 minutes elsewhere."""
     own_gradients: bool = False
     """The loop averages the gradients over the processes by itself: a trained model may then be wrapped by nothing
     that does."""
@@ -51,6 +57,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         require_times("RunOptions", self.max_time, self.time_reserve, self.grace)
+        require_hang_timeout("RunOptions", self.hang_timeout)
 
 
 def require_times(
@@ -70,3 +77,11 @@ def require_times(
             raise ConfigError(f"{owner}.{name}: {error}") from None
         if seconds < 0 or (name != "time_reserve" and seconds == 0):
             raise ConfigError(f"{owner}.{name} is {value!r}; it must be {least}, for instance '11h30m'.")
+
+
+def require_hang_timeout(owner: str, hang_timeout: str | float | None) -> None:
+    """Raises ConfigError for one that is no time, in the name of the class it was given to."""
+    try:
+        Patience.parse(hang_timeout)
+    except ConfigError as error:
+        raise ConfigError(f"{owner}.hang_timeout: {error}") from None

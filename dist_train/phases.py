@@ -65,6 +65,8 @@ class _Place:
 
     phase = Phase.START
     global_step = 0
+    beats = 0
+    awaited = ""
     changes: tuple[Change, ...] = ()
     points: tuple[Callable[[Point], object], ...] = ()
 
@@ -86,9 +88,37 @@ def tell_step(step: int) -> None:
     _place.global_step = step
 
 
+def beats() -> int:
+    """Counts up whenever the main thread has come further: with each phase, and with each `beat` within one."""
+    return _place.beats
+
+
+def beat() -> None:
+    """This phase goes on and has come further: a batch of an evaluation, a piece of a file."""
+    _place.beats += 1
+
+
+def awaited() -> str:
+    """What the other ranks are waited for to agree on; "" while nobody is."""
+    return _place.awaited
+
+
+@contextmanager
+def awaiting(what: str) -> Iterator[None]:
+    """For the length of the block this process only waits for the other ranks; the phase goes on meanwhile."""
+    _place.beats += 1
+    before, _place.awaited = _place.awaited, what
+    try:
+        yield
+    finally:
+        _place.awaited = before
+        _place.beats += 1
+
+
 def switch(phase: Phase) -> None:
     """From now on this process is in `phase`."""
     before, _place.phase = _place.phase, phase
+    _place.beats += 1
     if before is not phase:
         for listener in _place.changes:
             listener(before, phase)

@@ -134,6 +134,7 @@ class Run(Registering):
         self._beginning = Beginning(
             self._store, self.world, self._checkpointer, self._live, self._progress, self._reporter
         )
+        self._beginning.on_attempt = self._monitoring.begin
         self._boundary = Boundary(
             self.world,
             self._checkpointer,

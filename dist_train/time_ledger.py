@@ -1,6 +1,6 @@
 """What one attempt spends its time on, measured while it lives: its part of the run's account of wall-clock time.
 
-    phases -> buckets -> attempts/000007.pulse (replaced each second)  -> `time` event of run.jsonl (at its end)
+    phases -> buckets -> attempts/pulse-000007.json (replaced each second)  -> `time` event of run.jsonl (at its end)
                               killed: the next attempt makes the event of what the pulse says
 
 Invariant: from the process's start on each moment is in exactly one bucket, and no clock that somebody can set has a
@@ -30,7 +30,7 @@ from dist_train.history import parse_line
 from dist_train.phases import Phase, Point
 
 Json = Any
-PULSE = ".pulse"
+PULSE = "pulse-"
 BUCKET_OF = {
     Phase.START: "start_up",
     Phase.RENDEZVOUS: "start_up",
@@ -135,7 +135,7 @@ class TimeLedger:
             stop()
         self._stops = []
         if attempt and self._record and not self._is_lost():
-            own = {"event": "time", "attempt": attempt, **self._told()}
+            own = {"event": "time", "of_attempt": attempt, **self._told()}
             self._close(attempt, {**own, "run": _summary(fold_time([*read_events(self._store), own]))})
         self._record = {}
 
@@ -211,8 +211,8 @@ class TimeLedger:
     def _close(self, attempt: int, record: dict[str, Json]) -> None:
         """Into run.jsonl; the pulse goes only when that was written."""
         ended = record["began"] + sum(to_micro(record["buckets"]).values()) / MICRO
-        fields = {key: value for key, value in record.items() if key not in ("event", "attempt", "time")}
-        self._events.write("time", **{"attempt": attempt, **fields, "ended": round(ended, 6)})
+        fields = {key: value for key, value in record.items() if key not in ("event", "attempt", "of_attempt")}
+        self._events.write("time", of_attempt=attempt, **fields, ended=round(ended, 6))
         if self._events.is_written:
             with contextlib.suppress(OSError):
                 self._store.unlink(_pulse(attempt))
@@ -222,7 +222,7 @@ def read_pulses(store: Store) -> dict[int, dict[str, Json]]:
     """By attempt, what those have told that are not closed: they live, or were killed."""
     pulses: dict[int, dict[str, Json]] = {}
     for name in store.list(ATTEMPTS):
-        if name.endswith(PULSE):
+        if name.startswith(PULSE) and name.endswith(".json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 record = json.loads(store.read(f"{ATTEMPTS}/{name}"))
                 to_micro(record["buckets"])
@@ -236,6 +236,12 @@ def read_events(store: Store) -> list[dict[str, Json]]:
         return []
     lines = store.read(EVENTS_LOG).decode(errors="replace").splitlines()
     return [event for line in lines if (event := parse_line(line)) is not None]
+
+
+def read_time(store: Store) -> RunTime | None:
+    """The run's time so far; None where no attempt has left a record."""
+    pulses = read_pulses(store)  # before the events: an attempt that ends meanwhile is then found in both
+    return fold_time(read_events(store), pulses.values())
 
 
 def process_age() -> float:
@@ -262,7 +268,7 @@ def is_interactive() -> bool:
 
 
 def _pulse(attempt: int) -> str:
-    return f"{ATTEMPTS}/{attempt:06d}{PULSE}"
+    return f"{ATTEMPTS}/{PULSE}{attempt:06d}.json"
 
 
 def _summary(run: RunTime | None) -> Json:

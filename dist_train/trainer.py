@@ -26,7 +26,7 @@ from dist_train.errors import ConfigError, StopReason
 from dist_train.field_docs import tell_fields
 from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping, Mean, Metric
-from dist_train.options import RunOptions, require_times
+from dist_train.options import RunOptions, require_hang_timeout, require_times
 from dist_train.run import Run
 from dist_train.world import current_world, init_distributed
 
@@ -71,6 +71,11 @@ class TrainConfig:
     """How long the session lasts, "11h30m" for instance: training stops and saves by itself before it is over."""
     time_reserve: str | float | None = None
     """Part of `max_time` to leave for what follows, packing for instance; None takes 2 %, 5 minutes at most."""
+    hang_timeout: str | float | None = "auto"
+    """When all ranks come no further for so long, they write their stacks into the run directory's hangs/ and, where a
+    launcher restarts them, end. "auto": 5 minutes for a step or a wait for data, or 12 times the usual one. A time
+    given here ("10min") holds for these exactly. What compiles, saves, loads, evaluates or is the loop's own code (the
+    first step, callbacks) has six times as long, or three times the longest seen. "off" watches nothing."""
     requeue_exit: bool = False
     """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
     under plain torchrun, which restarts on any code but 0."""
@@ -102,6 +107,7 @@ class TrainConfig:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"TrainConfig.{name} is {value!r}; it must be a whole number of at least 1.")
         require_times("TrainConfig", self.max_time, self.time_reserve)
+        require_hang_timeout("TrainConfig", self.hang_timeout)
         if self.mixed_precision not in ("no", "bf16", "fp16", "auto"):
             raise ConfigError(
                 f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16', 'fp16' or 'auto'."
@@ -292,6 +298,7 @@ class Trainer:
                 search=config.search,
                 max_time=config.max_time,
                 time_reserve=config.time_reserve,
+                hang_timeout=config.hang_timeout,
                 requeue_exit=config.requeue_exit,
                 config=asdict(config),
             ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import threading
 import time
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train import errors, phases
+from dist_train import errors, launched, phases
 from dist_train.connections import watch_new_connections
 from dist_train.errors import ConfigError, DeadlineError, DisagreementError, DistTrainError, LauncherLostError
 from dist_train.joining import JOIN_TIMEOUT_SECONDS, join
 from dist_train.phases import Phase
 
+logger = logging.getLogger(__name__)
 Json = Any
 CONTROL_TIMEOUT_SECONDS = 1800.0
 """A collective of the control group waits as long as the slowest rank's step: compilation and evaluation included."""
@@ -217,7 +219,8 @@ class TorchWorld(World):
             )
         started = time.monotonic()
         try:
-            collective()
+            with phases.awaiting(what):
+                collective()
         except RuntimeError as error:
             waited = time.monotonic() - started
             raise DeadlineError(
@@ -258,43 +261,26 @@ class _StoreMailbox(Mailbox):
         try:
             yield
         except dist.DistNetworkError as error:
+            lost, then = "the launcher's store", "run the same command again to go on from the newest checkpoint"
+            if not _launcher_serves_store():
+                lost = "rank 0, which serves their store,"
+                then = "the launcher starts all ranks again from the newest checkpoint"
             raise LauncherLostError(
-                f"Rank {self._rank} lost the launcher's store over {key}: {_first_line(error)}. Training ends here; "
-                f"run the same command again to go on from the newest checkpoint."
+                f"Rank {self._rank} lost {lost} over {key}: {_first_line(error)}. Training ends here; {then}."
             ) from error
 
 
-def count_collectives() -> int:
-    """Those of all groups so far, on this rank: whether it has waited for others between two moments."""
+def count_collectives() -> int | None:
+    """Those of all groups so far: whether this rank has waited for others between two moments. None where a backend
+    does not count them.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     groups: Iterable[Any] = dist.distributed_c10d._world.pg_map
-    return sum(group._get_sequence_number_for_group() for group in groups)
-
-
-_LOST_PEERS = ("closed by peer", "reset by peer", "Broken pipe", "remote process has terminated")
-# Source: gloo/transport/tcp/pair.cc; torch/csrc/distributed/c10d/NCCLUtils.hpp.
-
-
-def has_lost_peers(error: BaseException) -> bool:
-    """Whether an error only says that other ranks are gone: theirs is the cause."""
-    if isinstance(error, (DeadlineError, LauncherLostError, dist.DistError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEERS)
-
-
-LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
-"""Environment variable: the process that `dist-train launch` starts its workers from, in their environment."""
-_FIRST_PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def launcher_is_gone() -> bool:
-    """Whether the launcher (torchrun's agent, or ours) has died and left this worker behind: nobody would restart or
-    end it any more.
-    """
-    told = os.environ.get(LAUNCHER_PID)  # a forked worker has imported this before it was one
-    launcher = int(told) if told else _FIRST_PARENT
-    return launcher is not None and os.getppid() != launcher
+    try:
+        return int(sum(group._get_sequence_number_for_group() for group in groups))
+    except RuntimeError:
+        return None
 
 
 def _attempt(work: Callable[[], Json]) -> Json:
@@ -353,6 +339,8 @@ def _make_group(world_size: int, timeout_seconds: float) -> None:
     rank = int(os.environ["RANK"])
     store = _connect_store(rank, world_size)
     generation = join(store, rank, world_size)
+    if rank == 0:
+        _warn_of_store_that_takes_no_host_in()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
@@ -396,16 +384,34 @@ def _destroy_process_group() -> None:
 
 def _connect_store(rank: int, world_size: int) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
         host,
         port,
         world_size=world_size,
-        is_master=not agent_serves and rank == 0,
+        is_master=not _launcher_serves_store() and rank == 0,
         timeout=timedelta(seconds=JOIN_TIMEOUT_SECONDS),
         multi_tenant=True,
         wait_for_workers=False,
     )
+
+
+def _launcher_serves_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _warn_of_store_that_takes_no_host_in() -> None:
+    """torchrun's agents learn the store's address in their first round and keep it. Source:
+    DynamicRendezvousHandler.next_rendezvous of torch 2.13, where an agent that comes later waits 60 s for an address
+    that nobody publishes any more; where the first host is lost, the others keep asking it.
+    """
+    hosts = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if hosts > 1 and _launcher_serves_store() and launched.by_elastic() and not launched.by_dist_train():
+        logger.warning(
+            "This launch on %d machines cannot take in a machine that comes later or comes back: that would end it. "
+            "Start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every launcher (as "
+            "launch/torchrun.sh does), or with dist-train launch.",
+            hosts,
+        )
 
 
 def _encode(value: Json) -> torch.Tensor:

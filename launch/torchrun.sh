@@ -12,6 +12,7 @@
 #   NNODES          machines; 2:4 for 2 to 4      1
 #   RDZV_ENDPOINT   HOST:PORT of one machine that all the others reach; needed with more than one machine
 #   RDZV_ID         name of the job, the same on all machines and another for each job: default
+#   RDZV_CONF       times of the rendezvous      last_call_timeout=10: how many seconds late a machine may be
 #   PYTHON          the interpreter               python3, or that of the active virtual environment
 set -euo pipefail
 
@@ -43,6 +44,9 @@ elif [ -z "${RDZV_ENDPOINT:-}" ]; then
     "RDZV_ENDPOINT=node0:29400"
 else
   flags+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-default}")
+  flags+=(--rdzv-conf "${RDZV_CONF:-last_call_timeout=10}")
+  # Without it a machine that comes later, or comes back, ends the launch (torch 2.13).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 
 command=("$python" -m torch.distributed.run "${flags[@]}" "$@")

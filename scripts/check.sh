@@ -33,17 +33,18 @@ stage() {
   printf '   %d s\n' $((SECONDS - start))
 }
 
-# Some fault tests inject errors into system calls and are skipped without strace.
-install_strace() {
+# Some fault tests inject errors into system calls, and those of several hosts make network namespaces: they are skipped
+# without strace, and without ip.
+install_tools() {
   [ "${CI:-}" = true ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null || return 0
-  command -v strace >/dev/null && return 0
-  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y strace; } >/dev/null 2>&1 ||
-    echo "strace could not be installed: the tests that need it are skipped"
+  command -v strace >/dev/null && command -v ip >/dev/null && return 0
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y strace iproute2; } >/dev/null 2>&1 ||
+    echo "strace and ip (iproute2) could not be installed: the tests that need them are skipped"
 }
 
 stage set-up scripts/set_up.sh
 export PATH="$PWD/.venv/bin:$PATH"
-install_strace
+install_tools
 stage 'ruff format' python -m ruff format --check .
 stage 'ruff check' python -m ruff check .
 stage mypy python -m mypy

@@ -182,8 +182,12 @@ class Writer:
         """
         patience = 2 * self._receipt_timeout
         deadline = time.monotonic() + patience
+        done = -1
         while not self._idle.wait(min(WAIT_SLICE_SECONDS, patience)):
-            on_wait(self.writing)
+            on_wait(writing := self.writing)
+            if writing is not None and writing.done != done:
+                done = writing.done
+                phases.beat()
             if time.monotonic() >= deadline:
                 raise DeadlineError(
                     f"Rank {self._world.rank} waited {patience:.0f} s for a save in {self._store.root} to end, and it "

@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 
 from dist_train.cluster.attempts import describe, merge, report_of_node
 from dist_train.cluster.folder import Folder
+from dist_train.cluster.grace import Grace
 from dist_train.cluster.peers import SILENT_SECONDS, Peers
 from dist_train.cluster.restart_policy import Restart, RestartPolicy, Stop
 from dist_train.cluster.signals import TOLD_EARLY, Signals, StopAskedError
@@ -52,6 +54,9 @@ MASTER_SECONDS = 60.0
 ALONE_SECONDS = 1.0
 """Between looks at the clock on a single machine: ends and signals wake the agent."""
 PATIENCE_POLL_SECONDS = 0.1
+STOPPED_LOOKS = 5
+"""A worker that SIGSTOP holds at so many looks in a row, a second apart, counts as dead. Time would not do: a platform
+may suspend the launcher with its workers."""
 LOST_RENDEZVOUS = (RendezvousError, dist.DistNetworkError, dist.DistStoreError)
 
 
@@ -60,7 +65,7 @@ class Agent(SimpleElasticAgent):
 
     Args:
         most_nodes: 1 is this machine alone.
-        grace_seconds: what workers that were asked to end may take; None goes by the measured time of a save.
+        grace: what workers that were asked to end may take; where nobody says so, by the measured time of a save.
         say: tells the user something at once.
     """
 
@@ -73,15 +78,18 @@ class Agent(SimpleElasticAgent):
         folder: Folder,
         *,
         most_nodes: int,
-        grace_seconds: float | None,
+        grace: Grace,
         say: Callable[[str], None],
     ) -> None:
         super().__init__(spec)
         self._workers, self._policy, self._signals, self._folder = workers, policy, signals, folder
-        self._most_nodes, self._grace, self._say = most_nodes, grace_seconds, say
+        self._most_nodes, self._grace, self._say = most_nodes, grace, say
         self._attempt = 0
         self._peers: Peers | None = None
         self._kill_at = float("inf")
+        self._warned = False
+        self._next_look = 0.0
+        self._looks: Counter[int] = Counter()
 
     def launch(self) -> Conclusion:
         """Attempts until one is the last."""
@@ -110,7 +118,8 @@ class Agent(SimpleElasticAgent):
         self._attempt += 1
         group: Any = self._worker_group
         with self._signals.interrupting():
-            self._rendezvous(group)
+            if self._attempt == 1 or self._most_nodes > 1:  # alone, nothing can have changed
+                self._rendezvous(group)
             self._serve_master(group)
         peers = self._peers = Peers(self._store_of_attempt(), group.group_rank, group.group_world_size)
         began = time.monotonic()
@@ -160,10 +169,12 @@ class Agent(SimpleElasticAgent):
         group.master_addr, group.master_port = json.loads(bytes(shared.get("master")))
 
     def _store_of_attempt(self) -> Any:
-        """Of this round of the rendezvous; a static one has a single round for ever, and all nodes count alike."""
+        """Of this round of the rendezvous. A static one has a single round for ever, as a machine alone has; there all
+        nodes count alike.
+        """
         group: Any = self._worker_group
-        is_static = group.spec.rdzv_handler.get_backend() == "static"
-        return dist.PrefixStore(f"dist_train/{self._attempt if is_static else 0}", group.store)
+        has_one_round = self._most_nodes == 1 or group.spec.rdzv_handler.get_backend() == "static"
+        return dist.PrefixStore(f"dist_train/{self._attempt if has_one_round else 0}", group.store)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         folder = self._folder.renew(self._attempt)
@@ -193,9 +204,15 @@ class Agent(SimpleElasticAgent):
             for worker in worker_group.workers
         }
         self._kill_at = float("inf")
+        self._looks.clear()
         return self._workers.start(
             {rank: {k: str(v) for k, v in {**common, **one}.items()} for rank, one in own.items()}
         )
+
+    @contextlib.contextmanager
+    def record_duration(self, state: str) -> Iterator[None]:
+        """Records nothing: each event of torch's looks up the host's full name, which takes seconds without a DNS."""
+        yield
 
     # During an attempt
 
@@ -203,7 +220,7 @@ class Agent(SimpleElasticAgent):
         """Until the attempt is over; returns why: "" where every worker of this node has ended well."""
         several = self._most_nodes > 1
         interval = self._worker_group.spec.monitor_interval if several else ALONE_SECONDS
-        while self._workers.pids and not self._has_failure():
+        while self._workers.pids and not self._has_failure() and not self._has_stopped():
             peers.beat()
             self._workers.wait(interval)
             self._forward()
@@ -214,7 +231,7 @@ class Agent(SimpleElasticAgent):
             if time.monotonic() >= self._kill_at:
                 self._say("the workers did not end within their grace: killed")
                 return ASKED
-        if not self._has_failure():
+        if not (self._workers.pids or self._has_failure()):
             return ""
         why = ASKED if self._signals.any else FAILURE
         peers.end(why)
@@ -222,6 +239,20 @@ class Agent(SimpleElasticAgent):
 
     def _has_failure(self) -> bool:
         return bool(self._report(frozenset(), frozenset())["causes"])
+
+    def _has_stopped(self) -> bool:
+        """Whether a worker does nothing any more though it lives; the others would wait for it in a collective."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + ALONE_SECONDS
+            stopped = self._workers.stopped()
+            self._looks = Counter({rank: self._looks[rank] + 1 for rank in stopped})
+            self._warn_of_grace()
+        return any(looks >= STOPPED_LOOKS for looks in self._looks.values())
+
+    def _warn_of_grace(self) -> None:
+        if not self._warned and (why := self._grace.why_too_short(_save_seconds(self._notes()))):
+            self._warned = True
+            self._say(why)
 
     def _forward(self) -> None:
         """Each signal that came, once to each worker of this node; from the first on they have a grace."""
@@ -255,13 +286,13 @@ class Agent(SimpleElasticAgent):
                 self._forward()
                 if peers is not None:
                     peers.beat()
-                stopped.update(self._workers.stopped())
-                if stopped.issuperset(self._workers.pids):
-                    return
+                held = self._workers.stopped()
+                stopped.update(held)
+                self._workers.send(signal.SIGKILL, to=held)  # at once: the others may wait for it
 
         wait(patience)
         left = set(self._workers.pids)
-        if why == FAILURE and not stopped.issuperset(left):
+        if why == FAILURE and self._workers.pids:
             self._workers.send(signal.SIGTERM)
             wait(AFTER_TERM_SECONDS)
         if self._workers.pids:
@@ -269,14 +300,15 @@ class Agent(SimpleElasticAgent):
         return stopped, left
 
     def _peer_grace(self) -> float:
-        """None where no worker had entered the run: it would wait for the dead one to join."""
+        """None where the dead one tells that the run was not entered: the others wait for it to join."""
         notes = self._notes()
-        if not any(note.get("begun") for note in notes.values()) and notes:
+        if notes and not any(note.get("begun") for note in notes.values()):
             return 0.0
         return min(PEER_GRACE_SECONDS + 2 * _save_seconds(notes), LONGEST_PEER_GRACE_SECONDS)
 
     def _stop_grace(self) -> float:
-        return self._grace if self._grace is not None else max(STOP_GRACE_SECONDS, 3 * _save_seconds(self._notes()))
+        known = self._grace.seconds
+        return max(STOP_GRACE_SECONDS, 3 * _save_seconds(self._notes())) if known is None else known
 
     # After an attempt
 

@@ -18,7 +18,7 @@ from dist_train.cluster.workers import Exit
 Json = Any
 _LOST_A_PEER = re.compile(r"closed by peer|reset by peer|Connection refused|Broken pipe|lost them|DistNetworkError")
 """In what torch.distributed says when another process has gone."""
-MIDWAY = "it left with exit code 0 in the middle of its run"
+MIDWAY = "left with exit code 0 in the middle of its run"
 
 
 def report_of_node(
@@ -107,7 +107,7 @@ def _cause(one: Exit, note: Mapping[str, Json], rank: int, step: int | None, nod
         return None
     if one.server_died:
         error = {"type": "ForkServerLost", "message": "the process that had forked it died"}
-    elif one.code <= 0 or error.get("type") == "SystemExit":
+    elif one.code <= 0 or (error.get("type") == "SystemExit" and str(error["message"]).isdecimal()):
         error = {}  # what it noted before the signal is not what ended it
     text = f"{error.get('type', '')}: {error.get('message', '')}".strip().removesuffix(":")
     secondary = bool(error.get("secondary")) or bool(_LOST_A_PEER.search(text))

@@ -25,13 +25,22 @@ import time
 from importlib import import_module
 from typing import Any
 
-from dist_train.cluster.worker import Program, boot_command, put_first_on_path, renew_randomness, run_program
+from dist_train.cluster.worker import Program, boot_command, renew_randomness, run_program
 
 Json = Any
-PRELOADED = ("torch", "torch.distributed", "accelerate", "safetensors.torch", "dist_train.run", "dist_train.trainer")
+PRELOADED = (
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",  # the first optimizer brings it in, which takes as long as all the others
+    "torch.profiler",
+    "accelerate",
+    "safetensors.torch",
+    "multiprocessing.queues",
+    "dist_train.run",
+    "dist_train.trainer",
+)
 PARENT_VARIABLE = "DIST_TRAIN_LAUNCHER_PID"
-"""Environment variable of a worker: the process whose death leaves it behind, see `world.launcher_is_gone`, which this
-module must not import before it has put the user's folder on the path."""
+"""Environment variable of a worker: the process whose death leaves it behind, see `lost.launcher_is_gone`."""
 ORPHANS_GRACE_SECONDS = 30.0
 """How long workers may take to save and leave when the launcher has died."""
 _PR_SET_PDEATHSIG = 1
@@ -42,11 +51,10 @@ def main(arguments: list[str]) -> int:
     """Serves until the launcher's end of the socket closes; in a forked worker, runs the program.
 
     Args:
-        arguments: the socket's descriptor, the program, whether to fork, modules to import besides.
+        arguments: the program, the socket's descriptor, `fork` or `fresh`, modules to import besides.
     """
-    channel = socket.socket(fileno=int(arguments[0]))
-    program = Program.from_json(arguments[1])
-    put_first_on_path(program)
+    program = Program.from_json(arguments[0])
+    channel = socket.socket(fileno=int(arguments[1]))
     forks = arguments[2] == "fork"
     problem = _preload([*PRELOADED, *arguments[3:]]) if forks else ""
     server = ForkServer(channel)
@@ -58,7 +66,7 @@ def main(arguments: list[str]) -> int:
     if forks and not problem:
         renew_randomness()
         return run_program(program)
-    command = boot_command("dist_train.cluster.worker", program.to_json())
+    command = boot_command("dist_train.cluster.worker", program)
     os.execv(command[0], command)
 
 

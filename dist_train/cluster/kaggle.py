@@ -180,7 +180,7 @@ class Session:
             if code == ExitCode.OK or number > restarts or not self._may_restart(_checkpoints(run) - before):
                 break
             print_text(f"{self._failure} It goes on from its newest checkpoint (restart {number} of {restarts}).")
-        if code != ExitCode.OK:
+        if code not in (ExitCode.OK, ExitCode.REQUEUE):
             print_text(f"{self._failure} What it saved is whole.")
         return code
 
@@ -191,7 +191,7 @@ class Session:
 
     @property
     def _has_failed(self) -> bool:
-        return self.exit_code not in (None, ExitCode.OK, ExitCode.INTERRUPTED)
+        return self.exit_code not in (None, ExitCode.OK, ExitCode.INTERRUPTED, ExitCode.REQUEUE)
 
     @property
     def _failure(self) -> str:
@@ -200,7 +200,7 @@ class Session:
 
     def _may_restart(self, saved: Collection[str]) -> bool:
         """A mistake in the settings or the script ends every start before the first save: it is not tried again."""
-        wanted = self.exit_code in (ExitCode.INTERRUPTED, ExitCode.DO_NOT_REQUEUE)
+        wanted = self.exit_code in (ExitCode.INTERRUPTED, ExitCode.REQUEUE, ExitCode.DO_NOT_REQUEUE)
         return bool(saved) and not wanted and self._left > 0
 
     def _hear(self, line: str) -> None:
@@ -231,7 +231,7 @@ class Session:
             print_text(f"{where} {self._failure} Correct that and run the training cell again.")
         elif status["status"] in ("done", "early_stopped"):
             print_text(f"{where} Training is finished.")
-        elif status["exit_code"] == ExitCode.OK:
+        elif status["exit_code"] in (ExitCode.OK, ExitCode.REQUEUE):
             print_text(f"{where} Training is not finished. {again}")
         elif status["status"] == StopReason.INTERRUPTED:
             print_text(f"{where} To go on: run the training cell again; in a new session, {later} first.")

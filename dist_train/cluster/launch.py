@@ -19,11 +19,13 @@ from typing import Any
 
 from dist_train.cluster.folder import Folder, remove_shared_memory
 from dist_train.cluster.gpus import find_gpus
+from dist_train.cluster.grace import VARIABLE, Grace, find_grace
 from dist_train.cluster.restart_policy import RestartPolicy
 from dist_train.cluster.signals import TOLD_EARLY, Signals, StopAskedError
 from dist_train.cluster.summary import Conclusion
 from dist_train.cluster.worker import Program
 from dist_train.cluster.workers import Workers
+from dist_train.connections import watch_new_connections
 from dist_train.errors import ConfigError
 
 MAX_RESTARTS = 3
@@ -69,8 +71,9 @@ class LaunchOptions:
     start_method: str = "forkserver"
     """`spawn`: each worker is a fresh interpreter."""
     preload: Sequence[str] = ()
-    grace_seconds: float | None = None
-    """What workers that were asked to end may take; None goes by the measured time of a save, at least 30 s."""
+    grace: str | None = None
+    """What workers that were asked to end may take; None goes by the platform's, else by the measured time of a save,
+    at least 30 s."""
 
     @property
     def nodes(self) -> tuple[int, int]:
@@ -111,7 +114,10 @@ def launch(options: LaunchOptions, say: Callable[[str], None]) -> Conclusion:
     """
     count = options.count_workers()
     _require_possible(options)
+    grace = find_grace(options.grace)
     environment = _environment(count)
+    if grace.seconds is not None:
+        environment[VARIABLE] = str(grace.seconds)
     folder = Folder()
     try:
         with Signals() as signals:
@@ -125,7 +131,7 @@ def launch(options: LaunchOptions, say: Callable[[str], None]) -> Conclusion:
             )
             workers.open()
             try:
-                return _launch(options, count, workers, signals, folder, say)
+                return _launch(options, count, workers, signals, folder, grace, say)
             except StopAskedError:
                 return Conclusion(exit_code=signals.exit_code, why=TOLD_EARLY)
             finally:
@@ -141,6 +147,7 @@ def _launch(
     workers: Workers,
     signals: Signals,
     folder: Folder,
+    grace: Grace,
     say: Callable[[str], None],
 ) -> Conclusion:
     os.environ[_OWN_STORE_VARIABLE] = "1"  # the agent serves a store of its own for each attempt
@@ -149,7 +156,8 @@ def _launch(
     from dist_train.cluster.agent import Agent
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    with signals.interrupting():
+    # A call on a store whose host has vanished would wait for TCP to give up, 15 minutes, deaf to every signal.
+    with signals.interrupting(), watch_new_connections():
         handler = _make_rendezvous(options)
     spec = WorkerSpec(
         role="default",
@@ -168,7 +176,7 @@ def _launch(
         signals,
         folder,
         most_nodes=1 if options.is_alone else options.nodes[1],
-        grace_seconds=options.grace_seconds,
+        grace=grace,
         say=say,
     )
     conclusion = agent.launch()

@@ -31,6 +31,7 @@ class Peers:
     def __init__(self, store: Any, node: int, count: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._node, self._count, self._clock = store, node, count, clock
         self._beats = 0
+        self._ended_alone = ""
         self._next_beat = clock()
         self._seen: dict[int, tuple[str, float]] = {}
 
@@ -46,10 +47,11 @@ class Peers:
         """The attempt is over for all, and this is why; the first who says so is believed."""
         if self._count > 1:
             self._store.compare_set("ended", "", why)
+        self._ended_alone = self._ended_alone or why
 
     def why_ended(self) -> str:
         """ "" while it goes on."""
-        return "" if self._count == 1 else self._read("ended")
+        return self._ended_alone if self._count == 1 else self._read("ended")
 
     def exchange(self, report: Json, seconds: float) -> tuple[list[Json], set[int]]:
         """Each agent's report, and the nodes whose agents have gone without one; after so many seconds without."""

@@ -21,6 +21,10 @@ TOLD_EARLY = "it was told to end while no worker ran"
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+AGAIN_SECONDS = 1.0
+"""A platform that signals every process of a job, and a terminal, may deliver one and the same signal twice."""
+
+
 class StopAskedError(Exception):
     """A signal came where the launcher waits for something else than its workers."""
 
@@ -34,6 +38,7 @@ class Signals:
         self.wake.setblocking(False)
         self._write_end.setblocking(False)
         self._fresh: list[signal.Signals] = []
+        self._at: dict[signal.Signals, float] = {}
         self._interrupts = False
 
     @property
@@ -86,7 +91,10 @@ class Signals:
         self._write_end.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        one = signal.Signals(number)
+        one, now = signal.Signals(number), time.monotonic()
+        if now - self._at.get(one, -AGAIN_SECONDS) < AGAIN_SECONDS:
+            return
+        self._at[one] = now
         self.count[one] += 1
         self._fresh.append(one)
         if self._interrupts:

@@ -61,11 +61,12 @@ def summary_lines(conclusion: Conclusion, goodput: float | None = None) -> list[
     """One line after a good end of the only attempt; else one an attempt, and the first failure's traceback.
 
     Args:
-        goodput: share of the wall-clock time that went into steps which were kept, where it is known.
+        goodput: of the whole run: the share of its wall-clock time that went into steps which were kept; None where
+            nobody knows.
     """
     count = len(conclusion.attempts)
     end = _SAID.get(conclusion.exit_code, f"ended with exit code {conclusion.exit_code}")
-    known = f", goodput {goodput:.1%}" if goodput is not None else ""
+    known = f", goodput of the run {goodput:.0%}" if goodput is not None else ""
     lost = f", {_counted(conclusion.lost_steps, 'step')} done again or lost" if conclusion.lost_steps else ""
     head = f"{end} after {_counted(count, 'attempt')} in {seconds_text(conclusion.seconds)}{lost}{known}"
     lines = [f"{head}: {conclusion.why}" if conclusion.why else head]

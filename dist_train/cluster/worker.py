@@ -6,7 +6,9 @@ dispositions, random seeds; stdin is empty. The hash seed alone is the fork serv
 
 from __future__ import annotations
 
+import atexit
 import builtins
+import contextlib
 import io
 import json
 import os
@@ -14,19 +16,27 @@ import random
 import runpy
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_train import launched
+from dist_train.console import print_text
 from dist_train.errors import ExitCode
 
-_BOOT = (
-    "import sys; sys.path.append(sys.argv[1]) if sys.argv[1] not in sys.path else None; "
-    "from importlib import import_module; sys.exit(import_module(sys.argv[2]).main(sys.argv[3:]))"
-)
+_BOOT = """
+import sys
+_, first, root, module, *arguments = sys.argv
+if not sys.flags.safe_path:  # with -P python has put nothing there, else the working directory
+    sys.path[0] = first
+if root not in sys.path:
+    sys.path.append(root)
+from importlib import import_module
+sys.exit(import_module(module).main(arguments))
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,52 +63,60 @@ class Program:
         return cls(**json.loads(text))
 
 
-def boot_command(module: str, *arguments: str) -> list[str]:
-    """A fresh interpreter with this one's flags that calls `main` of a module of ours.
-
-    Not by `-m` and not by path: both would put a folder before the user's own on `sys.path`.
+def boot_command(module: str, program: Program, *arguments: str) -> list[str]:
+    """A fresh interpreter with this one's flags that calls `main` of a module of ours, with the program's folder first
+    on `sys.path` before it imports anything.
     """
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return [sys.executable, *flags, "-c", _BOOT, root, module, *arguments]
-
-
-def put_first_on_path(program: Program) -> None:
-    """Replaces what `-c` has put there: the working directory, as "". With -P python puts nothing."""
-    if not sys.flags.safe_path:
-        sys.path[:1] = [program.first_path]
+    return [sys.executable, *flags, "-c", _BOOT, program.first_path, root, module, program.to_json(), *arguments]
 
 
 def main(arguments: list[str]) -> int:
     """A worker that is a fresh interpreter; its environment is set."""
-    program = Program.from_json(arguments[0])
-    put_first_on_path(program)
-    return run_program(program)
+    return run_program(Program.from_json(arguments[0]))
 
 
 def run_program(program: Program) -> int:
-    """Runs it to its end, with this interpreter's `__main__` replaced; returns the exit code.
+    """Runs it to its end, with this interpreter's `__main__` replaced; returns the exit code, 0.
 
-    An exception that escapes it is printed by the hook that the script may have set, without frames of ours.
-
-    Raises:
-        SystemExit: of the script, as it is.
+    An exception that escapes it is printed by the hook that the script may have set, without frames of ours. Then the
+    exit handlers run and the process leaves at once: taking a thousand modules apart would take a second, in which
+    the others cannot start anew.
     """
     sys.argv = [program.name, *program.arguments]
     sys.orig_argv = [sys.executable, *(["-m"] if program.is_module else []), *sys.argv]
     try:
         _execute(program)
-        return ExitCode.OK
     except SystemExit as error:
-        error.__traceback__ = _users_part(error.__traceback__)
         if error.code not in (None, 0):
-            launched.note_error(error)
-        raise
+            _leave(_code_of(error), error)
     except BaseException as error:
         error.__traceback__ = _users_part(error.__traceback__)
-        launched.note_error(error)
         sys.excepthook(type(error), error, error.__traceback__)
-        return ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.ERROR
+        _leave(ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.ERROR, error)
+    return ExitCode.OK
+
+
+def _leave(code: int, error: BaseException) -> NoReturn:
+    """What the interpreter does at its end, but for the taking apart."""
+    error.__traceback__ = _users_part(error.__traceback__)
+    launched.note_error(error)
+    internals: Any = threading
+    internals._shutdown()  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or a pipe that nobody reads
+            stream.flush()
+    os._exit(code)
+
+
+def _code_of(error: SystemExit) -> int:
+    """As python does it: what is no number is said, and means 1."""
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print_text(str(error.code), error=True)
+    return ExitCode.ERROR
 
 
 def renew_randomness() -> None:

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +89,8 @@ class Workers:
         """Starts the server, which imports while the caller goes on."""
         ours, its = socket.socketpair()
         how = "fork" if self._forks else "fresh"
-        command = boot_command(
-            "dist_train.cluster.fork_server", str(its.fileno()), self._program.to_json(), how, *self._preload
-        )
+        server = "dist_train.cluster.fork_server"
+        command = boot_command(server, self._program, str(its.fileno()), how, *self._preload)
         process = subprocess.Popen(
             command,
             env=dict(self._environment),
@@ -143,9 +142,9 @@ class Workers:
         if server is not None and server.channel in ready:
             self._hear(server)
 
-    def send(self, what: signal.Signals) -> None:
-        """A signal to each worker that lives: to it alone, not to what it has started."""
-        for pid in list(self.pids.values()):
+    def send(self, what: signal.Signals, to: Collection[int] | None = None) -> None:
+        """A signal to each worker that lives, or to some local ranks: to it alone, not to what it has started."""
+        for pid in [pid for local_rank, pid in self.pids.items() if to is None or local_rank in to]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).send_signal(what)
 

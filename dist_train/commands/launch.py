@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
+from dist_train.checkpoint.store import Store
 from dist_train.cluster.launch import GIVE_UP_AFTER, MAX_RESTARTS, MONITOR_SECONDS, LaunchOptions, launch
 from dist_train.cluster.summary import summary_json, summary_lines
 from dist_train.cluster.worker import Program
 from dist_train.commands.command import AddCommand
 from dist_train.console import finite, print_text
 from dist_train.errors import ConfigError
-from dist_train.units import parse_seconds
-
-GRACE_VARIABLE = "DIST_TRAIN_GRACE"
-"""Environment variable: what the platform lets a process take to end, `30s` for instance."""
+from dist_train.time_ledger import read_time
 
 
 def add_commands(add: AddCommand) -> None:
@@ -76,11 +73,21 @@ def _add(group: Any, name: str, **settings: Any) -> None:
 
 def _launch(args: argparse.Namespace) -> int:
     conclusion = launch(_options(args), _say)
-    for line in summary_lines(conclusion):
+    for line in summary_lines(conclusion, _goodput(conclusion.run_dir)):
         _say(line) if not line.startswith(" ") else print_text(line, error=True)
     if args.json:
-        print_text(json.dumps(finite(summary_json(conclusion)), allow_nan=False))
+        facts = {**summary_json(conclusion), "goodput": _goodput(conclusion.run_dir)}
+        print_text(json.dumps(finite(facts), allow_nan=False))
     return conclusion.exit_code
+
+
+def _goodput(run_dir: str | None) -> float | None:
+    """As the run's own account has it; None where no run was entered, or its directory is not here."""
+    try:
+        run = None if run_dir is None else read_time(Store(run_dir))
+    except OSError:
+        return None
+    return None if run is None else run.goodput
 
 
 def _say(line: str) -> None:
@@ -88,7 +95,6 @@ def _say(line: str) -> None:
 
 
 def _options(args: argparse.Namespace) -> LaunchOptions:
-    grace = args.grace or os.environ.get(GRACE_VARIABLE)
     endpoint = args.rdzv_endpoint
     if args.rdzv_backend == "static" and not endpoint:
         endpoint = f"{args.master_addr or '127.0.0.1'}:{args.master_port}"
@@ -108,7 +114,7 @@ def _options(args: argparse.Namespace) -> LaunchOptions:
         monitor_interval=args.monitor_interval,
         start_method=args.start_method,
         preload=[name for name in args.preload.split(",") if name],
-        grace_seconds=None if grace is None else parse_seconds(grace),
+        grace=args.grace,
     )
 
 

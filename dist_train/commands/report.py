@@ -90,17 +90,26 @@ def _attempt(one: AttemptTime, end: dict[str, Json]) -> dict[str, Json]:
 
 
 def _end_of(store: Store, events: Events, one: AttemptTime) -> dict[str, str]:
-    """`end`: a StopReason, `hung`, `running` or, where there was no time for a word, `killed`; and its `error`."""
+    """`end`: a StopReason, `hung`, `lost_peers` (another rank was the cause), `running` or, where there was no time for
+    a word, `killed`; and its `error`.
+    """
     own = [event for event in events if event["attempt"] == one.attempt]
     stopped = [event for event in own if event.get("event") == "stopped"]
     hung = [event for event in own if event.get("event") == "hung"]
     if hung and (not stopped or stopped[-1].get("reason") == "error"):
-        return {"end": "hung", "error": str(hung[-1].get("message") or (stopped or [{}])[-1].get("error") or "")}
+        return {"end": "hung", "error": _where(hung[-1])}
     if stopped:
-        return {"end": str(stopped[-1]["reason"]), "error": str(stopped[-1].get("error") or "")}
+        end = "lost_peers" if stopped[-1].get("lost_peers") else str(stopped[-1]["reason"])
+        return {"end": end, "error": str(stopped[-1].get("error") or "")}
     owner = read_owner(store) if one.is_open and one.attempt == newest_attempt(store) else None
     lives = owner is not None and owner.attempt == one.attempt and not owner.is_known_to_be_gone()
     return {"end": "running" if lives else "killed", "error": ""}
+
+
+def _where(hung: Mapping[str, Json]) -> str:
+    """`rank 1 in step, train.py:40`."""
+    parts = [f"rank {hung['rank']}" if "rank" in hung else "", f"in {hung['section']}" if "section" in hung else ""]
+    return ", ".join(filter(None, [" ".join(filter(None, parts)), str(hung.get("line") or "")]))
 
 
 def _restart(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, Json]:

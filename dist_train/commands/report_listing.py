@@ -35,6 +35,7 @@ _ENDS = {
     "diverged": "diverged",
     "error": "ended by an error",
     "hung": "hung",
+    "lost_peers": "lost another rank",
     "killed": "killed",
     "running": "running",
 }
@@ -72,10 +73,15 @@ def attempt_lines(facts: Facts) -> list[str]:
                 steps,
                 f"{spent['productive'] / lasted:.1%}" if lasted else "-",
                 _lost_of(one),
-                _ENDS.get(one["end"], one["end"]) + (f": {_short(one['error'])}" if one["error"] else ""),
+                _end_of(one),
             ]
         )
     return table(rows, left={1, 8})
+
+
+def _end_of(one: Facts) -> str:
+    end = str(_ENDS.get(one["end"], one["end"]))
+    return f"{end}: {_short(one['error'])}" if one["error"] and one["end"] != "lost_peers" else end
 
 
 def _lost_of(one: Facts) -> str:
@@ -135,7 +141,7 @@ def _restarts(restarts: Sequence[Facts]) -> str:
     if len(causes) == 1:
         (cause,) = causes
         text = f"{len(restarts)}, {'each time ' if len(restarts) > 1 else ''}{cause}"
-    errors = Counter(_short(one["error"]) for one in restarts if one["error"])
+    errors = Counter(_short(one["error"]) for one in restarts if one["error"] and one["cause"] != "lost_peers")
     told = "; ".join(
         f"{error}" + (f" ({number} times)" if number > 1 else "") for error, number in errors.most_common(3)
     )
@@ -190,8 +196,8 @@ def _remarks(facts: Facts) -> list[str]:
     if untold := facts["attempts_without_record"]:
         which = ", ".join(map(str, untold[:6])) + (" ..." if len(untold) > 6 else "")
         remarks.append(
-            f"{counted(len(untold), 'attempt')} left no record ({which}): ended before the first sign of life, or made "
-            f"by a version that kept none. Their time counts as down, or came before the first."
+            f"{counted(len(untold), 'attempt')} left no record ({which}): ended before the first sign of life, made by "
+            f"a version that kept none, or in another directory. Their time counts as down, or came before the first."
         )
     if facts["overlap_seconds"] >= 1:
         remarks.append(

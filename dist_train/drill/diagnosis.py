@@ -46,6 +46,8 @@ class Difference:
     sampler: str = ""
     loader_is_known: bool = True
     """Whether the run was given the training loader."""
+    batch_is_known: bool = True
+    """Whether a batch was seen: a loop may make its own."""
     optimizers: int = 1
     suspects: Sequence[tuple[str, str, str]] = field(default_factory=tuple)
     """Variables of the script that were other than in the uninterrupted run before that step: (name, there, here)."""
@@ -100,22 +102,46 @@ def _compare_life(name: str, plain: Life, life: Life, twin: Records | None) -> D
 
 
 def _pairs(expected: Json, found: Json) -> Iterator[tuple[str, Json, Json, dict[str, Any]]]:
-    """What a step used and did, in the order in which it acts."""
-    for index, (one, two) in enumerate(zip(expected["batches"], found["batches"], strict=False)):
+    """What a step used and did, in the order in which it acts. A generator that stands elsewhere matters only where
+    something comes of it: many a script seeds torch alone and draws from nothing else.
+    """
+    is_known = True
+    for one, two in zip(expected["batches"], found["batches"], strict=False):
+        is_known = is_known and two["content"] is not None
+        same_results = one["loss"] == two["loss"] and expected["weights"] == found["weights"]
         for what in _OF_A_BATCH:
+            if what == "rng" and same_results:
+                continue
             shown = ("shown", "shown") if what == "samples" and one[what] != two[what] else (what, what)
             a, b = (one[shown[0]], two[shown[1]])
             if a == b and one[what] != two[what]:
                 a, b = one[what], two[what]
-            yield what, a, b, {"sampler": two.get("sampler", ""), "tensor": f"micro-batch {index + 1}" if index else ""}
+            yield what, a, b, {"sampler": two.get("sampler", ""), "batch_is_known": is_known}
     yield "samples", len(expected["batches"]), len(found["batches"]), {}
     yield "lr", expected["lr"], found["lr"], {}
     tensor = _first_key(expected["weights"], found["weights"])
-    yield "weights", expected["weights"].get(tensor), found["weights"].get(tensor), {"tensor": tensor}
+    yield (
+        "weights",
+        expected["weights"].get(tensor),
+        found["weights"].get(tensor),
+        {"tensor": tensor, "batch_is_known": is_known},
+    )
 
 
 def _first_key(one: Mapping[str, Json], other: Mapping[str, Json]) -> str:
     return next((key for key in one if one[key] != other.get(key)), next((key for key in other if key not in one), ""))
+
+
+def unseeded_generators(plain: Records, twin: Records) -> list[str]:
+    """Random generators that stand elsewhere in two uninterrupted runs which are equal otherwise: nothing draws from
+    them, so that they are no difference.
+    """
+    lines: list[tuple[Json, Json]] = []
+    for name, lives in plain.items():
+        for life in lives:
+            again = _of_rank(twin.get(name, []), life.rank).steps
+            lines += [(line["rng"], again[step]["rng"]) for step, line in life.steps.items() if step in again]
+    return sorted({name for one, two in lines for name in one if one[name] != two.get(name)})
 
 
 def _missing(plain: Records, other: Records) -> Difference | None:
@@ -176,7 +202,8 @@ def diagnose_twins(difference: Difference) -> Diagnosis:
     if difference.what == "rng":
         return Diagnosis(
             cause=SEED,
-            sentence=f"The random generators of two uninterrupted runs differ {at}, with the same batch and weights.",
+            sentence=f"{_generators(difference)} elsewhere in two uninterrupted runs {at}, with the same batch and "
+            f"weights, and the step draws from there.",
             advice="Call dt.seed_everything(seed) at the start, and seed nothing from the time.",
         )
     if difference.what == "steps":
@@ -231,8 +258,8 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
     if difference.what == "rng":
         return Diagnosis(
             cause=SEED,
-            sentence=f"{at} the random generators stand elsewhere, with the same batch: the script draws from them, or "
-            f"seeds them, between the restore and the step.{_suspects(difference)}",
+            sentence=f"{at} {_generators(difference, article='the')} elsewhere, with the same batch, and the step "
+            f"draws from there: the script draws, or seeds, between the restore and the step.{_suspects(difference)}",
             advice="Seed before the Run is entered, and draw nothing after it that an uninterrupted run would not.",
         )
     if difference.what == "lr":
@@ -241,6 +268,19 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
             sentence=f"{at} the learning rate is {_plain(difference.found)} instead of {_plain(difference.expected)}: "
             f"what decides it is in no checkpoint.{_suspects(difference)}",
             advice="Give the Run the scheduler (scheduler=), or compute the rate from run.global_step.",
+        )
+    return _diagnose_result(difference, at)
+
+
+def _diagnose_result(difference: Difference, at: str) -> Diagnosis:
+    """The inputs of a step are equal, as far as they are known, and its loss or weights are not."""
+    if not difference.batch_is_known and not difference.loader_is_known:
+        return Diagnosis(
+            cause=ORDER,
+            sentence=f"{at} another {_result(difference)} comes of the same weights. The loop iterates batches of its "
+            f"own, whose place nobody knows: after a resume the epoch begins again.{_suspects(difference)}",
+            advice="Give the Run a loader (loader=) and iterate run.batches(loader), or save at the ends of epochs "
+            "only: CheckpointPolicy(every_epochs=1).",
         )
     what = "weights" if difference.what == "weights" else "loss"
     missing = " The Run was given no optimizer." if not difference.optimizers else ""
@@ -263,6 +303,13 @@ def _result(difference: Difference) -> str:
     return (
         f"loss ({difference.found} instead of {difference.expected})" if difference.what == "loss" else difference.what
     )
+
+
+def _generators(difference: Difference, article: str = "The") -> str:
+    there, here = difference.expected or {}, difference.found or {}
+    names = [name for name in there if there[name] != here.get(name)]
+    one = len(names) == 1
+    return f"{article} random generator{'s' * (not one)} of {' and '.join(names)} stand{'s' * one}"
 
 
 def _samples(difference: Difference) -> str:

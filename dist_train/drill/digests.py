@@ -63,15 +63,15 @@ def _bytes_of(tensor: Any) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def digest_of_generators() -> str:
-    """Of python's, numpy's and torch's, and the present GPU's."""
+def digests_of_generators() -> dict[str, str]:
+    """Of python's, numpy's and torch's, and the present GPU's, by the names that a checkpoint gives them."""
     import numpy as np
     import torch
 
-    states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return digest_of(states)
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: digest_of(state) for name, state in states.items()}
 
 
 def digests_of_models(models: Mapping[str, Any]) -> dict[str, str]:

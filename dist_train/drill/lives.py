@@ -73,11 +73,11 @@ def run_life(
 
 
 def command_of(script: Sequence[str], processes: int) -> list[str]:
-    """The victim's command line, under a launcher where there are several ranks."""
+    """The victim's command line, under our launcher where there are several ranks; it is the drill that restarts."""
     victim = ["-m", "dist_train.drill.victim", *script]
     if processes == 1:
         return [sys.executable, *victim]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [sys.executable, "-m", "dist_train.cli", "launch", "--standalone", "--nproc-per-node", str(processes)]
     return [*launcher, "--max-restarts", "0", *victim]
 
 
@@ -88,7 +88,7 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process, what is left of its session and all its descendants: torchrun gives each worker a session."""
+    """Kills a process, what is left of its session and all its descendants: a launcher gives each worker a session."""
     family = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)

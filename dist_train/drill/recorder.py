@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from dist_train import phases
 from dist_train.drill.arrival import when_imported
-from dist_train.drill.digests import digest_of, digest_of_generators, digests_of_models, surroundings
+from dist_train.drill.digests import digest_of, digests_of_generators, digests_of_models, surroundings
 from dist_train.phases import Phase, Point
 
 Json = Any
@@ -125,7 +125,7 @@ class Recorder:
             "samples": None if samples is None else digest_of(repr(samples)),
             "shown": None if samples is None else [str(one) for one in samples[:_SHOWN]],
             "content": digest_of(batch),
-            "rng": digest_of_generators(),
+            "rng": digests_of_generators(),
             "sampler": sampler,
             "around": {} if self._batches else surroundings(self._known()),
         }
@@ -148,7 +148,7 @@ class Recorder:
                 "batches": self._batches,
                 "lr": _rates(run),
                 "weights": digests_of_models(run._live.models),
-                "rng": digest_of_generators(),
+                "rng": digests_of_generators(),
                 "around": surroundings(self._known()),
             }
         )

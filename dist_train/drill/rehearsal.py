@@ -79,7 +79,9 @@ class Rehearsal:
         def rehearsing_init(run: Any, run_dir: Any, **given: Any) -> None:
             policy = given.get("policy") or module.DEFAULT_POLICY
             options = given.get("options") or module.RunOptions()
-            given["policy"] = replace(policy, every_steps=min(policy.every_steps or self.save_every, self.save_every))
+            if not _saves_between_epochs_only(policy, given.get("loader")):
+                policy = replace(policy, every_steps=min(policy.every_steps or self.save_every, self.save_every))
+            given["policy"] = policy
             given["options"] = replace(
                 options,
                 max_steps=min(options.max_steps or self.max_steps, self.max_steps),
@@ -100,6 +102,13 @@ class Rehearsal:
             init(trainer, *given, config=replace(config, run_dir=self.redirect(config.run_dir), resume="auto"), **more)
 
         module.Trainer.__init__ = rehearsing_init
+
+
+def _saves_between_epochs_only(policy: Any, loader: Any) -> bool:
+    """A loop that iterates batches of its own has no place within an epoch that could be found again; where its policy
+    never saves there, the drill does not either.
+    """
+    return loader is None and policy.every_epochs is not None and policy.every_steps is None and policy.every is None
 
 
 def read_places(folder: str | os.PathLike[str]) -> list[dict[str, Json]]:

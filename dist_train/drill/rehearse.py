@@ -15,7 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from dist_train.drill.diagnosis import Diagnosis, Difference, diagnose_resume, diagnose_twins, first_difference
+from dist_train.drill.diagnosis import (
+    Diagnosis,
+    Difference,
+    diagnose_resume,
+    diagnose_twins,
+    first_difference,
+    unseeded_generators,
+)
 from dist_train.drill.fault_plan import FaultPlan
 from dist_train.drill.faults import Fired
 from dist_train.drill.lives import Ended, command_of, run_life
@@ -29,7 +36,7 @@ Json = Any
 FINISHED: Final = ("done", "early_stopped")
 LOG: Final = "output.log"
 SAVES_IN_ALL: Final = 10
-_LEAST_STALL_SECONDS: Final = 5.0
+_LEAST_STALL_SECONDS: Final = 30.0
 _LEAST_START_SECONDS: Final = 60.0
 _STOPPED_SECONDS: Final = 2.0
 _SLOWER: Final = 10.0
@@ -97,6 +104,8 @@ class Outcome:
     """What is not equal at the end, worst first."""
     compared: int = 0
     """Tensors of the newest checkpoints."""
+    unseeded: Sequence[str] = ()
+    """Random generators that the script leaves to chance and draws nothing from."""
     touched: Sequence[str] = ()
     """Run directories of the user's that are not as they were; there must be none."""
     places: Sequence[str] = ()
@@ -276,7 +285,7 @@ class Drill:
 def _judge_twins(plain: Rehearsed, twin: Rehearsed) -> Outcome | None:
     """Whether two uninterrupted runs differ: then nothing can be said of an interrupted one."""
     difference = first_difference(plain.records, twin.records)
-    deviations, compared = _deviations(plain, twin)
+    deviations, compared = _deviations(plain, twin, unseeded_generators(plain.records, twin.records))
     if difference is None and not deviations:
         return None
     diagnosis = diagnose_twins(difference) if difference else Diagnosis(
@@ -290,7 +299,8 @@ def _judge_twins(plain: Rehearsed, twin: Rehearsed) -> Outcome | None:
 
 def _judge_faulted(plain: Rehearsed, twin: Rehearsed, faulted: Rehearsed, plan: FaultPlan) -> Outcome:
     difference = first_difference(plain.records, faulted.records, twin=twin.records)
-    deviations, compared = _deviations(plain, faulted)
+    unseeded = unseeded_generators(plain.records, twin.records)
+    deviations, compared = _deviations(plain, faulted, unseeded)
     diagnosis = None
     if difference is not None:
         diagnosis = diagnose_resume(difference)
@@ -312,10 +322,11 @@ def _judge_faulted(plain: Rehearsed, twin: Rehearsed, faulted: Rehearsed, plan: 
         diagnosis=diagnosis,
         deviations=deviations,
         compared=compared,
+        unseeded=unseeded,
     )
 
 
-def _deviations(one: Rehearsed, other: Rehearsed) -> tuple[list[str], int]:
+def _deviations(one: Rehearsed, other: Rehearsed, unseeded: Sequence[str]) -> tuple[list[str], int]:
     """Of the newest checkpoints and histories of all runs; how many tensors were compared."""
     from dist_train.drill.twins import differences_of_runs
 
@@ -325,7 +336,7 @@ def _deviations(one: Rehearsed, other: Rehearsed) -> tuple[list[str], int]:
             found.append(f"{name}: there is no such run")
             continue
         prefix = f"{name}: " if len(others) > 1 else ""
-        differences, count = differences_of_runs(run_dir, others[name])
+        differences, count = differences_of_runs(run_dir, others[name], unseeded=unseeded)
         compared += count
         found += [f"{prefix}{line}" for line in differences]
     return found, compared

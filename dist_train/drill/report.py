@@ -132,6 +132,9 @@ def _lines_of_pass(name: str, outcome: Outcome) -> Iterator[str]:
     yield "      checkpoint and the metrics equal those of the uninterrupted run, bit for bit."
     for fault in outcome.plan.missed():
         yield f"      This fault found no moment to come: {fault.describe()}. Give more --steps."
+    if outcome.unseeded:
+        names = " and ".join(outcome.unseeded)
+        yield f"      Not seeded, and nothing draws from it so far: {names} (dt.seed_everything seeds all)."
     if not epochs_ended(outcome.plain.records):
         yield f"      No second epoch began within {_count(steps, 'step')}: give more --steps to drill its start, too."
 

@@ -6,6 +6,7 @@ Invariant: only what verifies is compared; nothing is changed. Who wrote a check
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from dist_train.history import read_metrics
 COMPARED = ("progress", "state", "rank_state", "metrics", "train_loss", "best", "aliases")
 
 
-def differences_of_runs(one: str | Path, other: str | Path) -> tuple[list[str], int]:
+def differences_of_runs(one: str | Path, other: str | Path, *, unseeded: Collection[str] = ()) -> tuple[list[str], int]:
     """What is not equal of the newest checkpoints (weights, buffers, optimizer, scheduler, random generators, progress)
     and of the histories of metrics: a line each, weights first, none for the same run; and how many tensors there are.
+
+    Args:
+        unseeded: random generators (`python`, `numpy`, `torch` ...) that need not be equal.
     """
     opened = [_open(one), _open(other)]
     try:
@@ -42,7 +46,7 @@ def differences_of_runs(one: str | Path, other: str | Path) -> tuple[list[str], 
     found += [
         f"{field} differs"
         for field in COMPARED
-        if _text(getattr(first_manifest, field)) != _text(getattr(second_manifest, field))
+        if _compared(first_manifest, field, unseeded) != _compared(second_manifest, field, unseeded)
     ]
     return found + _differences_of_histories(read_metrics(Store(one)), read_metrics(Store(other))), len(pairs)
 
@@ -52,6 +56,14 @@ def _open(run_dir: str | Path) -> tuple[CheckpointReader, Manifest]:
     if faults := verify_checkpoint(store, path, manifest):
         raise CorruptCheckpointError(f"{store.shown(path)} is not what was committed: {faults[0]}", store.shown(path))
     return CheckpointReader(store, path, manifest), manifest
+
+
+def _compared(manifest: Manifest, field: str, unseeded: Collection[str]) -> str:
+    value = getattr(manifest, field)
+    if field == "rank_state" and unseeded:
+        rng = [{name: state for name, state in row.get("rng", {}).items() if name not in unseeded} for row in value]
+        value = [{**row, "rng": kept} for row, kept in zip(value, rng, strict=True)]
+    return _text(value)
 
 
 def _describe(pair: TensorDifference) -> str:

@@ -20,16 +20,12 @@ import time
 from collections.abc import Callable
 from signal import Signals
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 from dist_train.errors import StopReason
-from dist_train.health.vigil import Vigil
+from dist_train.health.vigil import URGENT, WARNINGS, Told, Vigil
 
 logger = logging.getLogger(__name__)
-AGAIN_SECONDS: Final = 1.0
-"""A terminal and a launcher may deliver one and the same Ctrl-C twice; what comes later was meant."""
-URGENT: Final = ("SIGTERM", "SIGINT")
-_NAMES: Final = (*URGENT, "SIGUSR1", "SIGHUP")
 
 
 class Preemption:
@@ -47,12 +43,15 @@ class Preemption:
         several: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.signal: Signals | None = None
-        """What this rank was told."""
-        self._at = 0.0
+        self._told = Told()
         self._clock = clock
         self._former: dict[Signals, Any] = {}
         self._vigil = Vigil(grace_seconds=grace_seconds, several=several)
+
+    @property
+    def signal(self) -> Signals | None:
+        """What this rank was told; None as long as nobody tells it to leave."""
+        return self._told.signal
 
     @property
     def reason(self) -> StopReason | None:
@@ -70,13 +69,14 @@ class Preemption:
             )
             return
         try:
-            for name in _NAMES:
+            for name in (*URGENT, *WARNINGS):
                 if hasattr(signal, name):
                     self._take(Signals[name])
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning(
                 "Signals cannot be handled here (%s): SIGTERM ends the run without a last checkpoint.", error
             )
+        self._vigil.numbers = frozenset(self._former)
         self._vigil.open()
 
     def close(self) -> None:
@@ -110,16 +110,13 @@ class Preemption:
             signal.signal(number, former)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        told, now = Signals(number), self._clock()
-        is_urgent, was_urgent = told.name in URGENT, self.signal is not None and self.signal.name in URGENT
-        if is_urgent and was_urgent and now - self._at >= AGAIN_SECONDS:
+        told = Signals(number)
+        outer = _preemption_of(self._former.get(told))
+        if self._told.hear(told, self._clock()):
             for one in [one for one in self._former if one.name in URGENT]:
                 self._put_back(one)
             signal.raise_signal(told)
-            return
-        if self.signal is None or (is_urgent and not was_urgent):
-            self.signal, self._at = told, now
-        if (outer := _preemption_of(self._former.get(told))) is not None:  # a run around this one
+        elif outer is not None:  # a run around this one
             outer._hear(number, frame)
 
 

@@ -2,11 +2,12 @@
 
     signal -> (in C, also while the main thread hangs in a collective) wakeup descriptor -> this thread
     the grace is over                                 end
-    several ranks of one launcher, stuck in a step:   another worker of this machine is gone        end
+    several ranks of plain torchrun, stuck in a step: another worker of this machine is gone        end
                                                       much longer than ever before                  end
 
 Under torchrun the same SIGTERM means "save and leave" and "the others are dead, you will be restarted"; what tells them
-apart is whether training still moves. Its SIGKILL comes after 30 s, whatever the flags say.
+apart is whether training still moves. Its SIGKILL comes after 30 s, whatever the flags say. `dist-train launch` knows
+which of the two it is, and how long a save takes: it does the waiting there.
 
 Invariant: a process that was told nothing is never ended, nor one whose ranks have agreed on the stop.
 """
@@ -30,13 +31,14 @@ from dist_train import launched, phases
 from dist_train.errors import ConfigError
 from dist_train.health.leaving import leave_now
 from dist_train.phases import Phase
+from dist_train.units import parse_seconds
 
 GRACE: Final = "DIST_TRAIN_GRACE"
-"""Environment variable: seconds from the signal to SIGKILL, where the platform gives more or less than usual."""
-ELASTIC_GRACE_SECONDS: Final = 28.0
+"""Environment variable: time from a signal to SIGKILL (90, "5min"), if the platform gives more or less than usual."""
+TORCHRUN_GRACE_SECONDS: Final = 28.0
 """torchrun gives 30 s: leaving before that shows where each rank stood."""
-ALONE_GRACE_SECONDS: Final = 600.0
-"""Whoever started the script directly will say it again, or kill."""
+OTHER_GRACE_SECONDS: Final = 600.0
+"""Whoever started the script directly will say it again, or kill; so does `dist-train launch`."""
 LONELY_SECONDS: Final = 2.0
 """A worker of this machine is gone, and this one hangs: its own error, if there is to be one, comes at once."""
 STUCK_SECONDS: Final = 10.0
@@ -44,9 +46,31 @@ STUCK_TIMES: Final = 3.0
 """Nothing moves: longer than this, and than so many times the longest that it ever took."""
 _POLL_SECONDS: Final = 0.2
 _IDLE_SECONDS: Final = 1.0
-_URGENT: Final = ("SIGTERM", "SIGINT")
+URGENT: Final = ("SIGTERM", "SIGINT")
+WARNINGS: Final = ("SIGUSR1", "SIGHUP")
+AGAIN_SECONDS: Final = 1.0
+"""A terminal and a launcher may deliver one and the same Ctrl-C twice; what comes later was meant."""
 _MOVING: Final = (Phase.DATA, Phase.STEP, Phase.OTHER)
 """Phases of which the next boundary is the end."""
+
+
+class Told:
+    """What a process was told, by the first signal, and whether it was told again; a warning is followed by the real
+    thing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: Signals | None = None
+        self.at = math.inf
+
+    def hear(self, number: Signals, now: float) -> bool:
+        """Whether it was told to leave before, and this means now."""
+        is_urgent, was_urgent = number.name in URGENT, self.signal is not None and self.signal.name in URGENT
+        if is_urgent and was_urgent:
+            return now - self.at >= AGAIN_SECONDS
+        if self.signal is None or is_urgent:
+            self.signal, self.at = number, now
+        return False
 
 
 class Vigil:
@@ -69,12 +93,14 @@ class Vigil:
         self._several = several
         self._leave = leave
         self._clock = clock
-        self._told: Signals | None = None
-        self._told_at = self._again_at = math.inf
+        self._told = Told()
+        self._again_at = math.inf
         self._since = clock()
         self._longest = 0.0
         self._steps = 0
         self._is_over = False
+        self.numbers: frozenset[int] = frozenset()
+        """The signals that the run has taken over."""
         self._pipe: tuple[int, int] | None = None
         self._former_fd = -1
         self._thread: threading.Thread | None = None
@@ -131,43 +157,39 @@ class Vigil:
 
     def _keep(self) -> None:
         while (pipe := self._pipe) is not None:
-            ready, _, _ = select.select([pipe[0]], [], [], _IDLE_SECONDS if self._told is None else _POLL_SECONDS)
+            ready, _, _ = select.select(
+                [pipe[0]], [], [], _IDLE_SECONDS if self._told.signal is None else _POLL_SECONDS
+            )
             for number in os.read(pipe[0], 64) if ready else b"":
                 self.hear(number)
             if why := self.find_reason():
-                assert self._told is not None
+                assert self._told.signal is not None
                 self._is_over = True
-                self._leave(why, 128 + self._told)
+                self._leave(why, 128 + self._told.signal)
 
     def hear(self, number: int) -> None:
         """A signal came, whether or not the main thread can run its handler."""
         if self._former_fd >= 0 and number:
             with contextlib.suppress(OSError):
                 os.write(self._former_fd, bytes([number]))
-        names = {getattr(signal, name, None): name for name in (*_URGENT, "SIGUSR1", "SIGHUP")}
-        if number not in names:
-            return
         now = self._clock()
-        is_urgent, was_urgent = names[number] in _URGENT, self._told is not None and self._told.name in _URGENT
-        if is_urgent and was_urgent and now - self._told_at >= 1.0:
+        if number in self.numbers and self._told.hear(Signals(number), now):
             self._again_at = min(self._again_at, now)
-        if self._told is None or (is_urgent and not was_urgent):
-            self._told, self._told_at = Signals(number), now
 
     def find_reason(self) -> str:
         """Why to end now; "" while there is none."""
-        if self._told is None or self._is_over:
+        if self._told.signal is None or self._is_over:
             return ""
-        now, name = self._clock(), self._told.name
-        waited = now - self._told_at
-        stuck = now - max(self._told_at, self._since)
+        now, name = self._clock(), self._told.signal.name
+        waited = now - self._told.at
+        stuck = now - max(self._told.at, self._since)
         phase = phases.current()
         where = f"in the phase {phase}, after step {phases.global_step()}"
         if now - self._again_at >= LONELY_SECONDS:
             return f"{name} came a second time, and the main thread does not answer ({where})"
         if waited >= self._grace:
             return f"{name} came {waited:.0f} s ago, and no step boundary since ({where})"
-        if not (self._several and launched.by_elastic() and phase in _MOVING):
+        if not (self._several and _by_torchrun() and phase in _MOVING):
             return ""
         if stuck >= LONELY_SECONDS and _has_lost_a_sibling():
             return (
@@ -184,14 +206,20 @@ class Vigil:
 def _told_grace() -> float:
     told = os.environ.get(GRACE)
     if told is None:
-        return ELASTIC_GRACE_SECONDS if launched.by_elastic() else ALONE_GRACE_SECONDS
-    with contextlib.suppress(ValueError):
-        if float(told) > 0:
-            return float(told)
+        return TORCHRUN_GRACE_SECONDS if _by_torchrun() else OTHER_GRACE_SECONDS
+    seconds = 0.0
+    with contextlib.suppress(ConfigError):
+        seconds = parse_seconds(float(told) if told.replace(".", "", 1).isdecimal() else told)
+    if seconds > 0:
+        return seconds
     raise ConfigError(
-        f"The environment variable {GRACE} is {told!r}; it must be a number of seconds above 0. Correct it, or unset "
-        f"it for what is known of the launcher."
+        f"The environment variable {GRACE} is {told!r}; it must be a time above 0, for instance 90 (seconds) or 5min. "
+        f"Correct it, or unset it for what is known of the launcher."
     )
+
+
+def _by_torchrun() -> bool:
+    return launched.by_elastic() and not launched.by_dist_train()
 
 
 def _has_lost_a_sibling() -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jupyter_client.manager import KernelManager
 
-from tests.support.launch import ROOT, Outcome, run_command, torchrun
+from tests.support.launch import ROOT, Outcome, environment, run_command, torchrun
 from tests.support.signalled import SignalPlan
 from tests.support.small_run import events_of, status_of
 from tests.support.twins import assert_same_run
@@ -31,13 +33,6 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks to which nothing ever happened."""
     run_dir = tmp_path_factory.mktemp("twin") / "run"
     run_command(torchrun(2, *script(run_dir)), deadline_seconds=LIFE_SECONDS).require_success()
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def lone_twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("twin") / "run"
-    run_command([sys.executable, *script(run_dir)], deadline_seconds=LIFE_SECONDS).require_success()
     return run_dir
 
 
@@ -102,13 +97,13 @@ def test_a_signal_to_one_rank_in_its_evaluation_stops_both_and_the_evaluation_is
     assert_same_run(twin, run_dir)
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_whole_group_and_ends_with_130_saved(tmp_path: Path, lone_twin: Path) -> None:
+def test_ctrl_c_in_a_terminal_reaches_the_whole_group_and_ends_with_130_saved(tmp_path: Path) -> None:
+    """The DataLoader's workers get it, too. Going on from there: `tests/unit/test_preemption.py`."""
     run_dir, plan = tmp_path / "run", SignalPlan(str(tmp_path / "fired"), signal="SIGINT", to="group", count=18)
     ended = run_signalled([sys.executable, *script(run_dir, "--workers", "2")], plan)
     assert ended.returncode == 128 + signal.SIGINT
+    assert "DataLoader worker" not in ended.output
     require_stopped(run_dir, "SIGINT", "interrupted")
-    run_command([sys.executable, *script(run_dir)], deadline_seconds=LIFE_SECONDS).require_success()
-    assert_same_run(lone_twin, run_dir)
 
 
 def test_survivors_of_a_dead_rank_that_hang_leave_long_before_torchrun_would_kill_them(tmp_path: Path) -> None:
@@ -120,3 +115,44 @@ def test_survivors_of_a_dead_rank_that_hang_leave_long_before_torchrun_would_kil
     assert "Unable to shutdown process" not in ended.output
     assert "tick" in ended.output  # the stack says where it hung
     assert status_of(run_dir)["status"] == "done"
+
+
+CELL = """
+from pathlib import Path
+import time
+from tests.support.small_run import SmallRun
+
+def wait(run):
+    Path(r"{told}").write_text(str(run.global_step))
+    time.sleep(0.05)
+
+run = SmallRun(run_dir=Path(r"{run_dir}"), epochs=10_000, at_batch=wait).train()
+print("the cell goes on:", run.reason, run.exit_code, run.committed_step == run.global_step)
+"""
+
+
+def test_interrupting_a_cell_saves_and_gives_the_notebook_back(tmp_path: Path) -> None:
+    manager = KernelManager()
+    manager.start_kernel(env=environment(), cwd=str(ROOT))
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        told = tmp_path / "told"
+        cell = client.execute(CELL.format(told=told, run_dir=tmp_path / "run"))
+        deadline = time.monotonic() + 60
+        while not told.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert told.exists()
+        manager.interrupt_kernel()
+        reply: dict[str, Any] = {}
+        while reply.get("parent_header", {}).get("msg_id") != cell:  # the first ones answer who the kernel is
+            reply = client.get_shell_msg(timeout=60)
+        assert reply["content"]["status"] == "ok", reply["content"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    status = status_of(tmp_path / "run")
+    assert (status["status"], status["exit_code"], status["error"]) == ("interrupted", 130, "")
+    newest = max((tmp_path / "run/checkpoints").glob("step-*"))
+    assert newest.name == f"step-{status['global_step']:08d}"

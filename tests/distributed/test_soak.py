@@ -20,9 +20,10 @@ SPECIMEN = str(ROOT / "tests/support/specimen.py")
 SOAKED = str(ROOT / "tests/support/soaked.py")
 RANKS = 2
 KILL_SECONDS = 20.0
-EPOCHS = 560
+EPOCHS = 500
 """Of 28 micro-steps: ten minutes with the pause, on a quiet machine."""
 PAUSE_SECONDS = 0.03
+HELD = ("resident", "descriptors", "processes", "shared_memory")
 OPTIONS = ["--loop", "own", "--workers", "1", "--every-steps", "21"]
 
 
@@ -49,6 +50,7 @@ def soak_and_compare(folder: Path, epochs: int, deadline_seconds: float) -> tupl
 
 
 def figures_of(run_dir: Path, account: Path, soaked: Soak, summary: str) -> dict[str, float]:
+    """What the report and the launcher say, and what this test has measured beside them."""
     told = run_command([sys.executable, "-m", "dist_train.cli", "report", str(run_dir), "--json"], deadline_seconds=60)
     report = json.loads(told.require_success().output)
     buckets, attempts = report["buckets"], report["attempts"]
@@ -64,7 +66,7 @@ def figures_of(run_dir: Path, account: Path, soaked: Soak, summary: str) -> dict
         "kills": len(soaked.kills),
         "attempts": len(attempts),
         "seconds": report["seconds"],
-        "seconds_outside": soaked.seconds,
+        "seconds_outside": soaked.worked_seconds,
         "goodput": report["goodput"],
         "goodput_of_buckets": 1 - overhead / report["seconds"],
         "goodput_by_the_script": useful / report["seconds"],
@@ -73,9 +75,6 @@ def figures_of(run_dir: Path, account: Path, soaked: Soak, summary: str) -> dict
         **{f"share_{name}": share for name, share in report["shares"].items()},
         **{f"{name}_{quarter}": soaked.quarter(quarter, name) for name in HELD for quarter in (1, 3)},
     }
-
-
-HELD = ("resident", "descriptors", "processes", "shared_memory")
 
 
 def require_goodput(figures: dict[str, float]) -> None:
@@ -96,9 +95,9 @@ def require_no_leak(figures: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(5400)
 def test_ten_minutes_of_kills_lose_nothing_and_leak_nothing(tmp_path: Path) -> None:
-    soaked, figures = soak_and_compare(tmp_path, EPOCHS, deadline_seconds=1700)
+    soaked, figures = soak_and_compare(tmp_path, EPOCHS, deadline_seconds=2400)
     assert len(soaked.kills) >= soaked.seconds / KILL_SECONDS / 2, soaked.kills
     require_goodput(figures)
     require_no_leak(figures)

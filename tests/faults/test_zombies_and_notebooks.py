@@ -89,7 +89,7 @@ def check_zombie(run_dir: Path, twin: Path, nth: int) -> None:
 def is_spared(name: str, stopped_before: str) -> bool:
     """The one change that it was about to make cannot be called back: a file replaced, an old checkpoint pruned."""
     kind, path = stopped_before.split(" ", 1)
-    names = ("status.json", "run.json", "latest", "best", "attempts/000001.pulse")
+    names = ("status.json", "run.json", "latest", "best", "attempts/pulse-000001.json")
     replaced = name in names and path.startswith(name)
     pruned = kind == "rename" and path.startswith("checkpoints/step-") and name.startswith(path)
     return replaced or pruned or name.endswith(".tmp")

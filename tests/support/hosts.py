@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,12 +41,11 @@ def why_not() -> str:
         return "making network namespaces needs root"
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         return f"making network namespaces needs {', '.join(missing)} (packages iproute2 and util-linux)"
-    probe = f"{_PREFIX}{os.getpid()}probe"
-    tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, timeout=20)
-    if tried.returncode:
-        return f"this machine makes no network namespaces: {tried.stderr.strip()}"
-    _ip("netns", "del", probe)
-    return ""
+    try:
+        with tempfile.TemporaryDirectory() as folder, Network(1, Path(folder)):
+            return ""
+    except (AssertionError, OSError) as error:
+        return f"this machine makes no network namespaces: {error}"
 
 
 class Host:

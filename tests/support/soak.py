@@ -38,6 +38,8 @@ class Soak:
     family: set[tuple[int, float]] = field(default_factory=set)
     """Every process that was seen below the launcher."""
     seconds: float = 0.0
+    worked_seconds: float = 0.0
+    """From the start of the first worker to the launcher's end, by the clock on the wall."""
 
     def survivors(self) -> list[int]:
         """Processes that outlived the launcher."""
@@ -53,7 +55,11 @@ class Soak:
 def soak(
     launch: Background, folder: Path, *, ranks: int, every_seconds: float, seed: int, deadline_seconds: float
 ) -> Soak:
-    """Until the launch has ended. Between two kills lies a uniformly random time whose mean is `every_seconds`."""
+    """Until the launch has ended. Between two kills lies a uniformly random time whose mean is `every_seconds`; the
+    first one comes when there is something to lose.
+    """
+    launch.wait_until(lambda: any(folder.glob("a*.jsonl")), "the first step", deadline_seconds)
+    first_worker = min(json.loads(path.read_text())[1] for path in folder.glob("pid-*"))
     rng, soaked, began = random.Random(seed), Soak(), time.monotonic()
     next_kill = rng.uniform(0.2, 1.8) * every_seconds
     next_sample = 0.0
@@ -67,6 +73,7 @@ def soak(
             soaked.kills.append(killed)
             next_kill = soaked.seconds + rng.uniform(0.2, 1.8) * every_seconds
         time.sleep(0.02)
+    soaked.worked_seconds = time.time() - first_worker
     return soaked
 
 

@@ -22,13 +22,17 @@ def keep_account(folder: Path) -> None:
     from dist_train.run import Run
 
     batches, step, end_epoch = Run.batches, Run.step, Run.end_epoch
-    since = 0.0
+    since = writing = 0.0
 
-    def note(run: Any, epochs: int) -> None:
+    def note(run: Any) -> None:
+        """What the writing of a line takes is the step's, too; the next line has it."""
+        nonlocal writing
         if run.world.is_main:
-            line = {"step": run.global_step, "epochs": epochs, "seconds": time.perf_counter() - since}
+            now = time.perf_counter()
+            line = {"step": run.global_step, "seconds": now - since + writing}
             with (folder / f"a{run.attempt:06d}.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            writing = time.perf_counter() - now
 
     def timed_batches(run: Any, loader: Any) -> Iterator[Any]:
         nonlocal since
@@ -39,12 +43,12 @@ def keep_account(folder: Path) -> None:
         since = time.perf_counter() if is_training else since
 
     def timed_step(run: Any, loss: Any = None) -> None:
-        note(run, run.epochs_completed)
+        note(run)
         step(run, loss)
 
     def timed_end_epoch(run: Any, **metrics: float) -> None:
         if run.epoch_is_complete and metrics:
-            note(run, run.epochs_completed)
+            note(run)
         end_epoch(run, **metrics)
 
     Run.batches, Run.step, Run.end_epoch = timed_batches, timed_step, timed_end_epoch  # type: ignore[method-assign]

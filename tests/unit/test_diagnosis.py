@@ -15,10 +15,15 @@ from dist_train.drill.diagnosis import (
     diagnose_resume,
     diagnose_twins,
     first_difference,
+    unseeded_generators,
 )
 from dist_train.drill.records import Life, Records
 
 Json = Any
+
+
+def rng(number: int, **other: str) -> dict[str, str]:
+    return {"python": f"p{number}", "torch": f"t{number}", **other}
 
 
 def step(number: int, batch: Json = None, **other: Json) -> Json:
@@ -28,10 +33,11 @@ def step(number: int, batch: Json = None, **other: Json) -> Json:
         "samples": f"s{number}",
         "shown": samples,
         "content": f"c{number}",
-        "rng": f"r{number}",
+        "rng": rng(number),
         "loss": f"0.{number}",
     }
     line = {"step": number, "epoch": 0, "lr": [0.1], "weights": {"a": f"a{number}", "b": f"b{number}"}, "around": {}}
+    line["rng"] = rng(number)
     batches = [{**usual, "sampler": "RandomSampler", "around": {"count": str(number), "time": "1"}, **(batch or {})}]
     return {**line, "batches": batches, **other}
 
@@ -89,7 +95,7 @@ def test_steps_that_were_never_made_are_a_difference() -> None:
     [
         ({3: step(3, {"samples": "x", "shown": ["8", "1"]})}, ORDER, "samples at step 3: 8, 1 instead of 6, 7"),
         ({3: step(3, {"content": "x"})}, AUGMENTATION, "same samples, but other bytes of them at step 3"),
-        ({3: step(3, {"rng": "x"})}, SEED, "random generators of two uninterrupted runs differ at step 3"),
+        ({3: step(3, {"rng": rng(3, torch="x"), "loss": "9"})}, SEED, "The random generator of torch stands elsewhere"),
         ({3: step(3, {"loss": "0.7"})}, KERNEL, "another loss (0.7 instead of 0.3) at step 3 from the same batch"),
         ({3: step(3, weights={"a": "a3", "b": "x"})}, KERNEL, "another value of b at step 3"),
     ],
@@ -125,7 +131,12 @@ def test_twins_that_begin_with_other_weights_lack_a_seed() -> None:
             "the first step after a resume at step 3, the samples",
         ),
         ({4: step(4, {"content": "x"})}, {}, AUGMENTATION, "though its samples are the same"),
-        ({5: step(5, {"rng": "x"})}, {}, SEED, "At step 5 the random generators stand elsewhere"),
+        (
+            {5: step(5, {"rng": rng(1), "loss": "9"})},
+            {},
+            SEED,
+            "At step 5 the random generators of python and torch stand",
+        ),
         ({4: step(4, lr=[0.5])}, {}, OUTSIDE, "the learning rate is 0.5 instead of 0.1"),
         ({4: step(4, {"loss": "0.9"})}, {}, OUTSIDE, "the loss depends on something that no checkpoint holds"),
         ({4: step(4, weights={"a": "x", "b": "b4"})}, {"optimizers": 0}, OUTSIDE, "The Run was given no optimizer"),
@@ -139,6 +150,23 @@ def test_a_resume_that_differs_is_told_why(changed: dict[int, Json], begin: Json
     assert diagnosis.cause == cause
     assert words in diagnosis.sentence
     assert diagnosis.advice
+
+
+def test_a_loop_over_batches_of_its_own_is_told_that_it_has_no_place() -> None:
+    unseen: Json = {"samples": None, "shown": None, "content": None}
+    before = {"run": [life(1, 9, changed={4: step(4, unseen)})]}
+    found = first_difference(before, {"run": [life(4, 9, 2, {4: step(4, {**unseen, "loss": "9"})}, loader=False)]})
+    assert found is not None
+    assert diagnose_resume(found).cause == ORDER
+    assert "The loop iterates batches of its own, whose place nobody knows" in diagnose_resume(found).sentence
+
+
+def test_a_generator_that_nothing_draws_from_is_no_difference() -> None:
+    changed = {number: step(number, {"rng": rng(number, python="x")}, rng=rng(number, python="x")) for number in (4, 5)}
+    twin = {"run": [life(1, 9, changed=changed)]}
+    assert first_difference(plain(), twin) is None
+    assert unseeded_generators(plain(), twin) == ["python"]
+    assert unseeded_generators(plain(), plain()) == []
 
 
 def test_a_variable_that_a_resume_has_lost_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from dist_train import cli
+from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.drill.arrival import when_imported
-from dist_train.drill.digests import digest_of, digest_of_generators, digests_of_models, surroundings
+from dist_train.drill.digests import digest_of, digests_of_generators, digests_of_models, surroundings
 from dist_train.drill.faults import Fired
 from dist_train.drill.records import read_records
 from dist_train.drill.rehearsal import Rehearsal, read_places
@@ -23,6 +25,7 @@ from dist_train.drill.scenario import Course, plan_faults
 from dist_train.drill.twins import differences_of_runs
 from dist_train.drill.untouched import fingerprint, listing
 from dist_train.drill.uses import mentions_dist_train
+from dist_train.options import RunOptions
 from tests.support.small_run import SmallRun
 
 COURSE = Course(last_step=40, save_every=4, saves_within_epochs=(4, 8, 12, 24, 28))
@@ -82,11 +85,14 @@ def test_a_digest_tells_every_bit_shape_and_dtype_apart() -> None:
 
 
 def test_the_random_generators_are_looked_at_and_left_alone() -> None:
-    before = digest_of_generators()
-    assert before == digest_of_generators()
-    for draw in (random.random, np.random.rand, lambda: torch.rand(1)):
+    before = digests_of_generators()
+    assert before == digests_of_generators()
+    draws = {"python": random.random, "numpy": np.random.rand, "torch": lambda: torch.rand(1)}
+    for name, draw in draws.items():
         draw()
-        assert before != (before := digest_of_generators())
+        now = digests_of_generators()
+        assert [one for one in now if now[one] != before[one]] == [name]
+        before = now
 
 
 def test_weights_have_the_names_of_the_plain_model() -> None:
@@ -142,6 +148,35 @@ def test_run_directories_are_redirected_once_and_kept_apart(tmp_path: Path, monk
     assert Rehearsal.from_environment(rehearsal.environment()) == rehearsal
 
 
+@pytest.mark.parametrize(
+    ("policy", "with_loader", "every_steps"),
+    [
+        (CheckpointPolicy(every_epochs=1), False, None),
+        (CheckpointPolicy(every_epochs=1), True, 2),
+        (CheckpointPolicy(every_epochs=1, every="10min"), False, 2),
+        (CheckpointPolicy(every_steps=1), False, 1),
+        (None, False, 2),
+    ],
+)
+def test_a_rehearsal_saves_within_epochs_where_the_script_may(
+    tmp_path: Path, policy: CheckpointPolicy | None, with_loader: bool, every_steps: int | None
+) -> None:
+    made: dict[str, Any] = {}
+
+    class Made:
+        def __init__(self, run_dir: str, **given: Any) -> None:
+            made.update(given, run_dir=run_dir)
+
+    module = ModuleType("a_stand_in")
+    module.Run, module.DEFAULT_POLICY, module.RunOptions = Made, DEFAULT_POLICY, RunOptions  # type: ignore[attr-defined]
+    Rehearsal(folder=str(tmp_path), max_steps=5, save_every=2, log_every=1)._wrap_run(module)
+    loader = {"loader": object()} if with_loader else {}
+    Made("runs/x", policy=policy, options=RunOptions(max_time="1h", max_steps=3), resume="must", **loader)
+    assert made["policy"].every_steps == every_steps
+    assert (made["options"].max_steps, made["options"].max_time, made["resume"]) == (3, None, "auto")
+    assert Path(made["run_dir"]).parent == tmp_path / "runs"
+
+
 # What it reads
 
 
@@ -176,6 +211,15 @@ def test_what_differs_of_two_runs_is_named_with_the_weights_first(tmp_path: Path
     assert found[0].startswith("model/")
     assert any(line.startswith("the metrics of step 1: ") for line in found)
     assert "state differs" in found
+
+
+def test_generators_that_nobody_seeds_may_be_left_out_of_a_comparison(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        SmallRun(run_dir=tmp_path / name, epochs=1, at_epoch=lambda run, name=name: random.seed(name)).train()
+    runs = tmp_path / "one", tmp_path / "other"
+    assert differences_of_runs(*runs)[0] == ["rank_state differs"]
+    assert differences_of_runs(*runs, unseeded=["python"])[0] == []
+    assert differences_of_runs(*runs, unseeded=["numpy"])[0] == ["rank_state differs"]
 
 
 # What it refuses

@@ -27,6 +27,7 @@ LEVEL_OF_MODULE = {
     "units": GROUND,
     "world": GROUND,
     "joining": GROUND,
+    "lost": GROUND,
     "phases": GROUND,
     "launched": GROUND,
     "connections": GROUND,

@@ -319,6 +319,7 @@ def test_a_number_of_processes_that_cannot_be_is_refused(
         ("done", 0, "", "done at step 7, 2 epochs done. Training is finished."),
         ("early_stopped", 0, "", "Training is finished."),
         ("time_limit", 0, "", "Training is not finished. To go on: save this version, attach its output"),
+        ("preempted", 75, "", "Training is not finished. To go on: save this version, attach its output"),
         ("running", None, "", "It was stopped from outside. To go on"),
         ("error", 1, "ValueError: no", "ValueError: no To go on"),
         ("interrupted", 130, "KeyboardInterrupt", "To go on: run the training cell again; in a new session, save this"),

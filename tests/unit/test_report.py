@@ -12,6 +12,8 @@ import pytest
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Store
 from dist_train.cli import main
+from dist_train.commands.launch import _goodput
+from dist_train.errors import DeadlineError
 from dist_train.run import Run
 from dist_train.time_ledger import read_pulses
 from tests.support.small_run import SmallRun, events_of
@@ -71,6 +73,27 @@ def test_its_numbers_add_up(failed_once: Path, capsys: pytest.CaptureFixture[str
     assert last["run"]["goodput"] == pytest.approx(facts["goodput"], abs=1e-5)
 
 
+def test_a_rank_that_lost_the_others_is_not_the_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose(run: Run) -> None:
+        raise DeadlineError("Rank 0 lost them")
+
+    with pytest.raises(DeadlineError):
+        SmallRun(run_dir=tmp_path / "run", at_step=lose).train()
+    SmallRun(run_dir=tmp_path / "run", max_steps=1).train()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "1, lost another rank" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_hang_is_told_with_its_place(failed_once: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = failed_once / "run.jsonl"
+    hung = {"time": 1.0, "attempt": 1, "event": "hung", "rank": 1, "section": "step", "line": "train.py:40"}
+    log.write_text(json.dumps(hung) + "\n" + log.read_text())
+    capsys.readouterr()
+    assert main(["report", str(failed_once)]) == 0
+    assert "1, hung (rank 1 in step, train.py:40)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_in_progress_is_told_by_its_pulse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts: dict[str, Any] = {}
 
@@ -106,3 +129,11 @@ def test_an_attempt_that_failed_to_begin_is_counted(failed_once: Path, capsys: p
     facts = json.loads(capsys.readouterr().out)
     assert [one["resumed_step"] for one in facts["attempts"]] == [0, 8, None, 12]
     assert facts["lost_steps"] == 2
+
+
+def test_the_launcher_tells_the_same_goodput(failed_once: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["report", str(failed_once), "--json"]) == 0
+    assert _goodput(str(failed_once)) == json.loads(capsys.readouterr().out)["goodput"]
+    assert _goodput(None) is None
+    assert _goodput(str(failed_once.parent / "elsewhere")) is None
