@@ -15,6 +15,7 @@ from torch import nn
 
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Operation, Store
+from dist_train.cli import main
 from dist_train.errors import StopReason
 from dist_train.health.policy import HealthPolicy
 from dist_train.history import read_metrics
@@ -92,6 +93,7 @@ def test_a_roll_back_ends_as_a_run_that_never_saw_those_samples(clean: SmallRun,
     (event,) = events_of(small.run_dir, "rolled_back")
     assert event["path"].endswith("checkpoints/step-00000005")
     assert (event["global_step"], event["back_to"], event["first"], event["last"]) == (8, 5, 8, 11)
+    assert [one["reason"] for one in events_of(small.run_dir, "stopped")] == ["rolled_back", "done"]
     (skipped,) = events_of(small.run_dir, "skipped_window")
     assert (skipped["epoch"], skipped["first"], skipped["last"]) == (1, 8, 11)
 
@@ -265,6 +267,18 @@ def test_a_changed_learning_rate_survives_the_roll_back(clean: SmallRun, tmp_pat
     rates = small.rates[8:]
     other = reference(tmp_path / "reference", clean)
     assert rates == other.rates[5:]
+
+
+def test_the_report_tells_a_roll_back_from_a_kill(
+    clean: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_run(tmp_path / "run", clean).train()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (restart,) = told["restarts"]
+    assert (restart["cause"], restart["at_step"], restart["lost_steps"]) == ("rolled_back", 8, 3)
+    assert sum(told["buckets"].values()) == pytest.approx(told["seconds"], abs=1e-3)
 
 
 # A loader of the user's own
