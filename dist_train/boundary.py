@@ -21,12 +21,13 @@ from dist_train.checkpoint.writer import Committed, Event, SaveFailed
 from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
 from dist_train.health.deadline import Deadline, session_start
 from dist_train.health.preemption import Preemption
+from dist_train.lost import launcher_is_gone
 from dist_train.phases import Phase
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.state import Capture
 from dist_train.units import parse_seconds
-from dist_train.world import World, launcher_is_gone
+from dist_train.world import World
 
 _LEAVING = (StopReason.PREEMPTED, StopReason.INTERRUPTED)
 Snapshot = Callable[[str], tuple[Capture, Draft]]
@@ -104,6 +105,9 @@ class Boundary:
 
     def open(self, saved_step: int) -> None:
         """Time counts from here; `saved_step` is in this directory already, -1 for none."""
+        self.saves_are_over = False
+        self._committed_step = -1
+        self._deadline.begin()
         self._last_saved_step = saved_step
         self._last_save_time = time.monotonic()
 
@@ -132,7 +136,7 @@ class Boundary:
         wish = wish or (StopReason.TIME_LIMIT if over else None)
         agreed = self._exchange(wish, force=ends_epoch or self._save_requested)
         self._raise_failures(agreed)
-        if self.reached_max_steps:
+        if self.reached_max_steps and not self.saves_are_over:  # a run that goes back takes steps off
             self.stop = self.stop or StopReason.DONE
         return agreed
 

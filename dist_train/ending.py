@@ -14,10 +14,10 @@ from dist_train.boundary import Boundary
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.errors import ExitCode, RunInUseError, StopReason
 from dist_train.health.leaving import leave_by
+from dist_train.lost import has_lost_peers
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.tracking import Tracking
-from dist_train.world import has_lost_peers
 
 LONELY_SECONDS = 20.0
 """For a rank that has lost the others: its own end, a save that is complete finished; then it must not hang."""

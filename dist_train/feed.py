@@ -44,6 +44,10 @@ class BatchFeed:
         """The first batch of the window at hand, of a training loader of the user's."""
         self.needs_batch = False
         """The run has a training loader: what is consumed must come from it."""
+        self.is_left_out: Callable[[int, int], bool] = lambda first, stop: False
+        """Whether a window is not to be trained on: its places in the epoch, from the first to before the last."""
+        self.leave_out: Callable[[MicroBatch], None] = lambda micro: None
+        """Told when such a window was taken from the loader, with its last micro-batch."""
         self._accelerator = accelerator
         self._device = device
         self._rank = rank
@@ -137,7 +141,13 @@ class BatchFeed:
                 in_window = steps if self._length is None else max(min(steps, self._length - begun), 1)
                 end.end_of_dataloader = index + 1 == self._length
                 weight, ends_epoch = steps / in_window, end.end_of_dataloader
-                self.micro = replace(_LONE_UPDATE, start=index, stop=index + 1, weight=weight, ends_epoch=ends_epoch)
+                micro = replace(_LONE_UPDATE, start=index, stop=index + 1, weight=weight, ends_epoch=ends_epoch)
+                if self.is_left_out(begun, begun + in_window):
+                    user.batches += 1
+                    if user.batches == begun + in_window:
+                        self.leave_out(micro)
+                    continue
+                self.micro = micro
                 self._consumed = False
                 moved = move_batch(batch, self._device)
                 phases.switch(Phase.STEP)
@@ -153,9 +163,15 @@ class BatchFeed:
             for micro_step in range(layout.num_micro_steps):
                 if should_stop():
                     return
-                self.micro = self._weighed(layout.micro_batch(micro_step, self._rank), layout)
-                end.end_of_dataloader = self.micro.ends_epoch
+                micro = layout.micro_batch(micro_step, self._rank)
                 phases.switch(Phase.DATA)
+                if self.is_left_out(*layout.window_of(micro_step)):
+                    next(batches)
+                    if micro.ends_window:
+                        self.leave_out(micro)
+                    continue
+                self.micro = self._weighed(micro, layout)
+                end.end_of_dataloader = self.micro.ends_epoch
                 batch = next(batches)
                 if not self.in_window and should_stop():  # alone, and told to leave during the wait
                     return

@@ -20,7 +20,8 @@ from dist_train.data import describe_sampler, shield_workers, training_sampler
 from dist_train.errors import ConfigError
 from dist_train.evaluation import Cut
 from dist_train.feed import BatchFeed
-from dist_train.ledger import Window
+from dist_train.ledger import SkipLedger, Unit, Window
+from dist_train.order import MicroBatch
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
 
@@ -63,6 +64,10 @@ class Intake:
         self._is_told = is_told
         self._show_replay = show_replay
         self._drop_window = drop_window
+        self.ledger = SkipLedger()
+        """Windows that are not trained on."""
+        self.on_left_out: Callable[[Window], None] = lambda window: None
+        feed.is_left_out, feed.leave_out = self._is_left_out, self._leave_out
         self._told_of_window = self._told_of_no_loader = False
 
     def adopt(self, loader: Any | None) -> None:
@@ -151,6 +156,30 @@ class Intake:
             return None
         first, last = before.samples_into_epoch, now.samples_into_epoch - 1
         return Window(epoch=now.epoch, first=first, last=last, global_step=now.global_step)
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether the training loader gives batches again that it gave before."""
+        return self.loader is not None and (self._user is None or self._user.way != "restart")
+
+    @property
+    def _unit(self) -> Unit:
+        return "samples" if self._user is None else "batches"
+
+    def _is_left_out(self, first: int, stop: int) -> bool:
+        return self.ledger.covers(self._unit, self._progress.now.epoch, first, stop)
+
+    def _leave_out(self, micro: MicroBatch) -> None:
+        before = self._progress.now
+        self._progress.leave_out(micro)
+        now = self._progress.now
+        first, last = before.samples_into_epoch, now.samples_into_epoch - 1
+        if self._user is None:
+            self.epoch_is_complete = micro.ends_epoch
+        else:
+            first = last = self._user.batches - 1
+        step = now.global_step
+        self.on_left_out(Window(epoch=now.epoch, first=first, last=last, unit=self._unit, global_step=step))
 
     def end_epoch(self) -> None:
         self.epoch_is_complete = False

@@ -36,18 +36,23 @@ class Monitoring:
         grace = None if options.grace is None else parse_seconds(options.grace)
         self.preemption = Preemption(grace_seconds=grace, several=world.world_size > 1)
         self._checkpointer = checkpointer
+        self._reporter = reporter
         self._hang_timeout = options.hang_timeout
-        self._write_event = reporter.events.write
         self._watchdog: Watchdog | None = None
         self.ledger: TimeLedger | None = None
         """The account of this attempt's time; the main rank's."""
         if world.is_main:
-            self.ledger = TimeLedger(checkpointer.store, reporter.events, is_lost=lambda: checkpointer.is_lost)
-            checkpointer.on_beat(self.ledger.beat)
-            reporter.spent_at = self.ledger.committed
+            self._open_account()
+
+    def _open_account(self) -> None:
+        store, events, checkpointer = self._checkpointer.store, self._reporter.events, self._checkpointer
+        self.ledger = TimeLedger(store, events, is_lost=lambda: checkpointer.is_lost)
+        checkpointer.on_beat(self.ledger.beat)
+        self._reporter.spent_at = self.ledger.committed
 
     def enter(self) -> None:
-        """Before anything of the run directory is touched."""
+        """Before anything of the run directory is touched; a signal from here on is one to the run."""
+        self.preemption.open()
         if self.ledger is not None:
             self.ledger.enter()
 
@@ -56,7 +61,7 @@ class Monitoring:
         world, store = self._checkpointer.world, self._checkpointer.store
         if world.is_main:
             for _, verdict in untold_hangs(store.root):
-                self._write_event("hung", **verdict)
+                self._reporter.events.write("hung", **verdict)
         patience = Patience.parse(self._hang_timeout)
         if patience is None:
             return
@@ -70,7 +75,7 @@ class Monitoring:
             peers=[Peer(*row) for row in rows],
             leaves=world.world_size > 1 or launched.by_elastic() or launched.by_dist_train(),
         )
-        self._watchdog = Watchdog(patience, folder, surroundings, self._write_event)
+        self._watchdog = Watchdog(patience, folder, surroundings, self._reporter.events.write)
         self._watchdog.start()
 
     def open(self, run_dir: str, attempt: int, beginning: Beginning) -> None:
@@ -81,18 +86,41 @@ class Monitoring:
         if self._watchdog is not None:
             self._watchdog.loop_begins(global_step)
         phases.switch(Phase.OTHER)
-        self.preemption.open()
         launched.note(
             begun=True, run_dir=run_dir, attempt=attempt, global_step=global_step, committed_step=committed_step
         )
         if self.ledger is not None:
             self.ledger.open(attempt, state)
 
+    def end_attempt(self) -> None:
+        """The run goes back to a checkpoint, as a new attempt in this process. The directory was given back."""
+        self._end_watch()
+        if self.ledger is not None:
+            self.ledger.close(self._checkpointer.attempt)
+            self._open_account()
+            self.ledger.enter()
+
+    def begin_attempt(self, attempt: int, beginning: Beginning) -> None:
+        """It has: everything is restored, and its loop goes on."""
+        phases.tell_step(beginning.state_of["global_step"])
+        if self._watchdog is not None:
+            self._watchdog.loop_begins(beginning.state_of["global_step"])
+        phases.switch(Phase.OTHER)
+        launched.note(
+            attempt=attempt, global_step=beginning.state_of["global_step"], committed_step=beginning.saved_step
+        )
+        if self.ledger is not None:
+            self.ledger.open(attempt, beginning.state_of)
+
     def close(self) -> None:
         """Nothing is watched any more."""
-        if self._watchdog is not None:
-            self._watchdog.close()
+        self._end_watch()
         self.preemption.close()
         if self.ledger is not None:
             self.ledger.close(self._checkpointer.attempt)
         phases.switch(Phase.OUTSIDE)
+
+    def _end_watch(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None

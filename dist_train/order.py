@@ -231,6 +231,11 @@ class EpochLayout:
             ends_epoch=micro_step == self.num_micro_steps - 1,
         )
 
+    def window_of(self, micro_step: int) -> tuple[int, int]:
+        """The places in the epoch of the window that a micro-step belongs to: the first, and the one after the last."""
+        first = self.start + micro_step // self.accumulation_steps * self.global_batch_size
+        return first, min(first + self.global_batch_size, self.start + self._left)
+
     def describe_uneven(self) -> str:
         """How a full window is shared out where not all shares are equal; empty where they are."""
         passes, ranks = self.accumulation_steps, f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"

@@ -62,6 +62,7 @@ class RunProgress:
         """Takes over what a checkpoint says; returns this rank's RNG state, None where the checkpoint has none."""
         manifest = opened.manifest
         self.now = manifest.progress
+        self.meter = LossMeter()
         self.best, self.metrics, self.train_loss = manifest.best, dict(manifest.metrics), manifest.train_loss
         self._continue_history(opened, attempt)
         rows = manifest.rank_state
@@ -98,6 +99,14 @@ class RunProgress:
             self.now,
             global_step=self.now.global_step + (not skipped),
             skipped_updates=self.now.skipped_updates + skipped,
+            samples_into_epoch=self.now.samples_into_epoch + micro.window_samples,
+            evaluation="pending" if micro.ends_epoch else "none",
+        )
+
+    def leave_out(self, micro: MicroBatch) -> None:
+        """One window is consumed and not trained on."""
+        self.now = replace(
+            self.now,
             samples_into_epoch=self.now.samples_into_epoch + micro.window_samples,
             evaluation="pending" if micro.ends_epoch else "none",
         )

@@ -11,14 +11,17 @@ of what is in memory. How a run is restored is `Run`'s business.
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 from dist_train.boundary import Boundary
 from dist_train.checkpoint.checkpointer import Checkpointer
+from dist_train.construction import Construction
 from dist_train.errors import StopReason
 from dist_train.health.nonfinite import BadUpdate, GradientGuard, agree_on_largest, find_not_finite
 from dist_train.health.policy import HealthPolicy
-from dist_train.ledger import SkipLedger, Window
+from dist_train.intake import Intake
+from dist_train.ledger import Window
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
 from dist_train.state import LiveState
@@ -35,6 +38,7 @@ class Recovery:
     """Watches one attempt's updates. Every method but `open` and `close` is collective.
 
     Args:
+        intake: of the training loader, whose windows are left out.
         own_gradients: nothing but the loop averages gradients, so that they may differ between the ranks.
     """
 
@@ -47,10 +51,14 @@ class Recovery:
         checkpointer: Checkpointer,
         progress: RunProgress,
         reporter: Reporter,
+        intake: Intake,
         *,
         own_gradients: bool,
     ) -> None:
-        self.ledger = SkipLedger()
+        self.is_rolling_back = False
+        """It is decided and recorded; what is in memory counts for nothing."""
+        self._ledger = intake.ledger
+        self._intake = intake
         self._policy = policy
         self._world = world
         self._live = live
@@ -65,6 +73,8 @@ class Recovery:
             buffers=[buffer for model in live.models.values() for buffer in model.buffers()],
             agree=agree_on_largest if may_differ else None,
         )
+        self._construction = Construction(live.optimizers, live.schedulers) if policy.rolls_back else None
+        intake.on_left_out = reporter.left_out
         self._skips = self._scaler_skips = 0
         self._last_skipped = -1
 
@@ -118,7 +128,7 @@ class Recovery:
         return {
             "norms": self.guard.capture(),
             "skips": [self._skips, self._last_skipped, self._scaler_skips],
-            "ledger": self.ledger.to_json(),
+            "ledger": self._ledger.to_json(),
         }
 
     def restore(self, captured: Json, recorded: list[Json]) -> None:
@@ -126,7 +136,13 @@ class Recovery:
         captured = captured or {}
         self.guard.restore(captured.get("norms", {}))
         self._skips, self._last_skipped, self._scaler_skips = captured.get("skips", [0, -1, 0])
-        self.ledger.replace(captured.get("ledger", []), recorded)
+        self.is_rolling_back = False
+        self._ledger.replace(captured.get("ledger", []), recorded)
+
+    def put_back(self) -> None:
+        """Before a restore in this process: what the script made is as it made it."""
+        assert self._construction is not None
+        self._construction.put_back()
 
     # Decisions
 
@@ -139,8 +155,42 @@ class Recovery:
         self._tell(bad, action)
         if action == "skip":
             self._count_skip(bad)
+        elif action == "roll_back":
+            self._roll_back(bad)
         else:
             self._diverge(f"{_what(bad)}{_where(bad.window)}; {_ADVICE}")
+
+    def _roll_back(self, bad: BadUpdate[Window | None]) -> None:
+        """Decides, and records it durably; or the run has diverged."""
+        what, window = f"{_what(bad)}{_where(bad.window)}", bad.window
+        if window is None or not self._intake.can_go_back:
+            again = "a roll-back needs a training loader that can be gone through again, given to the Run as loader="
+            self._diverge(f"{what}; {again}")
+            return
+        if len(self._ledger) >= self._policy.max_roll_backs:
+            before = ", ".join(f"at step {one.global_step} ({one})" for one in self._ledger.entries)
+            most = f"max_roll_backs={self._policy.max_roll_backs} times before, {before}"
+            self._diverge(
+                f"{what}, and the run has gone back {most}. It is hardly the samples: look at the learning rate"
+            )
+            return
+        self._boundary.wait_for_save()
+        proved = max(window.global_step - 1 - self._policy.clean_steps, self._ledger.proved_step)
+        place = asdict(window)
+
+        def ledger_of(back_to: int) -> list[Json]:
+            return [*self._ledger.to_json(), {**place, "kind": bad.kind, "back_to": back_to}]
+
+        decided = self._checkpointer.decide_roll_back(proved, ledger_of)
+        if decided is None:
+            self._diverge(
+                f"{what}, and there is no checkpoint to go back to: none has {self._policy.clean_steps} updates after "
+                f"it (clean_steps). Save more often, CheckpointPolicy(every_steps=...), or ask for fewer clean steps"
+            )
+            return
+        path, step = decided
+        self.is_rolling_back = self._boundary.saves_are_over = True
+        self._reporter.rolls_back(path, what, {**place, "kind": bad.kind, "back_to": step})
 
     def _count_skip(self, bad: BadUpdate[Window | None]) -> None:
         step = bad.window.global_step if bad.window is not None else self._step

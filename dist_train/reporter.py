@@ -28,6 +28,7 @@ from dist_train.console import (
 )
 from dist_train.differences import Differences
 from dist_train.health.deadline import Deadline
+from dist_train.ledger import Window
 from dist_train.tree import shown
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,20 @@ class Reporter:
         self.events.write(kind, global_step=global_step, action=action, **where)
         if action == "skip" and self._is_main:
             logger.warning("%s%s. The update was left out; training goes on.", what[0].upper(), what[1:])
+
+    def rolls_back(self, path: str, what: str, where: Mapping[str, Json]) -> None:
+        """The run goes back to a checkpoint; it is recorded by now, and nothing was moved yet."""
+        self.console.end_live()
+        self.events.write("rolled_back", path=path, **where)
+        if self._is_main:
+            logger.warning(
+                "%s%s. The run goes back to %s, and on from there without them.", what[0].upper(), what[1:], path
+            )
+
+    def left_out(self, window: Window) -> None:
+        """A window of the skip ledger was taken from the loader."""
+        place = {"first": window.first, "last": window.last, "unit": window.unit}
+        self.events.write("skipped_window", global_step=window.global_step, epoch=window.epoch, **place)
 
     def diverged(self, why: str) -> None:
         """The run ends as diverged."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from torch import nn
 from dist_train import launched, misuse, phases
 from dist_train.beginning import Beginning
 from dist_train.boundary import Boundary, make_deadline
-from dist_train.callbacks import Callback, Callbacks, has_state, name_of
+from dist_train.callbacks import Callbacks
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.checkpoint.writer import Committed
@@ -40,10 +40,10 @@ from dist_train.phases import Phase, Point
 from dist_train.progress import RunProgress
 from dist_train.rate_meter import RateMeter
 from dist_train.recovery import Recovery
+from dist_train.registering import Registering
 from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
-from dist_train.standing import Standing
-from dist_train.state import Capture, LiveState, Stateful, by_name
+from dist_train.state import Capture, LiveState, by_name
 from dist_train.tracking import Tracking
 from dist_train.tree import encode
 from dist_train.world import World, current_world
@@ -51,7 +51,7 @@ from dist_train.world import World, current_world
 Json = Any
 
 
-class Run(Standing):
+class Run(Registering):
     """One attempt of a run, as a context manager. Construction, entry and every method but properties are collective.
 
     Args:
@@ -105,7 +105,11 @@ class Run(Standing):
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
-        self._checkpointer = Checkpointer(self._store, self.world, self._policy, search=self._options.search)
+        health = self._options.health
+        clean_steps = health.clean_steps if health.rolls_back else None
+        self._checkpointer = Checkpointer(
+            self._store, self.world, self._policy, search=self._options.search, clean_steps=clean_steps
+        )
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._monitoring = Monitoring(self._options, self._checkpointer, self._reporter)
@@ -119,8 +123,8 @@ class Run(Standing):
         self._intake = Intake(
             self._feed,
             self._progress,
-            should_stop=lambda: self.should_stop,
-            stops_here=self._stops_here,
+            should_stop=lambda: self.should_stop or self._recovery.is_rolling_back,
+            stops_here=lambda: self._recovery.is_rolling_back or self._stops_here(),
             cut=self._cut,
             is_told=lambda: self._boundary.hear(),
             show_replay=self._reporter.replay,
@@ -151,6 +155,7 @@ class Run(Standing):
             self._checkpointer,
             self._progress,
             self._reporter,
+            self._intake,
             own_gradients=self._options.own_gradients,
         )
         self._boundary.is_sound = self._recovery.is_sound
@@ -174,25 +179,44 @@ class Run(Standing):
             fix_bucket_layout(model)
         self._monitoring.enter()
         try:
-            self._beginning.enter(self._resume, self._environment, self.device)
-            self._intake.restore(self._beginning.rank_states, self.world.rank, self.world.world_size)
-            self._tracking.start(
-                self._checkpointer.run_id, self._progress.now, self._config, self._beginning.origin_of_run
-            )
+            self._take_up(self._resume)
         except BaseException as error:
             launched.note_error(error)
             self._checkpointer.close(failed=True)
             self._monitoring.close()
             raise
         self._place = misuse.note_open(self.run_dir, self)
-        self._boundary.open(self._beginning.saved_step)
-        self._rate.open()
-        self._recovery.restore(self._beginning.health, [])
-        self._recovery.open()
         self._monitoring.open(self.run_dir, self.attempt, self._beginning)
         self._entered = True
         self._ending.write_status("running")
         return self
+
+    def _take_up(self, resume: str) -> None:
+        """The directory is this attempt's, and everything is as a checkpoint says. Collective."""
+        self._beginning.enter(resume, self._environment, self.device)
+        self._intake.restore(self._beginning.rank_states, self.world.rank, self.world.world_size)
+        self._recovery.restore(self._beginning.health, self._checkpointer.skip_recorded)
+        progress, origin = self._progress.now, self._beginning.origin_of_run
+        self._tracking.start(self._checkpointer.run_id, progress, self._config, origin)
+        self._boundary.open(self._beginning.saved_step)
+        self._rate.open()
+        self._recovery.open()
+
+    def _roll_back(self) -> None:
+        """Goes back to the checkpoint that was decided on, as a new attempt in this process. Collective."""
+        self._recovery.close()
+        self._rate.close()
+        self._tracking.finish()
+        self._boundary.report(self._checkpointer.close())
+        self._reporter.events.write("stopped", reason="rolled_back", global_step=self.global_step)
+        self._monitoring.end_attempt()
+        self._intake.end_epoch()
+        self._recovery.put_back()
+        self._take_up("must")
+        self._beginning.begin(self._settings()["config"], [])
+        self._monitoring.begin_attempt(self.attempt, self._beginning)
+        self._ending.write_status("running")
+        self._callbacks.tell("resumed", path=self.resumed_from or "")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -206,33 +230,6 @@ class Run(Standing):
         finally:
             self._monitoring.close()
 
-    def register(self, name: str, one: Stateful) -> None:
-        """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
-
-        Raises:
-            ConfigError: the name is taken, it is no such object, or `epochs` was called already.
-            StateMismatchError: the checkpoint that is resumed from does not hold it.
-        """
-        if name in self._live.registered or not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
-            raise ConfigError(
-                f"run.register({name!r}, ...): give each object with state_dict and load_state_dict its own name."
-            )
-        if self._begun:
-            raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
-        self._live.registered[name] = one
-        self._beginning.register(name)
-
-    def on(self, event: str, callback: Callback, *, name: str | None = None) -> None:
-        """Calls `callback(happening)` when `event` happens; see `dist_train.callbacks` for the events.
-
-        Args:
-            callback: a function, which needs nothing more; an object with `state_dict` and `load_state_dict`, too, is
-                saved and restored, and must be given before `epochs` is called.
-            name: of such an object in the checkpoint; its class's name by default.
-        """
-        if self._callbacks.add(event, callback) and has_state(callback):
-            self.register(f"callback.{name or name_of(callback)}", cast(Stateful, callback))
-
     # The loop
 
     def epochs(self, count: int) -> Iterator[int]:
@@ -245,6 +242,8 @@ class Run(Standing):
             raise ConfigError("run.epochs() was called inside its own loop; one loop goes over the epochs of a run.")
         self._begin(count)
         while self.epochs_completed < count and not self._stops_here():
+            if self._recovery.is_rolling_back:
+                self._roll_back()
             self._intake.begin_epoch()
             self._beginning.restore_rng(for_good=not self._intake.is_mid_epoch)
             before = self._progress.now
@@ -253,6 +252,8 @@ class Run(Standing):
                 yield self.epoch
             finally:
                 self._in_epoch = False
+            if self._recovery.is_rolling_back:
+                continue
             if self._progress.now == before and not (self._intake.has_ended or self.should_stop):
                 raise ConfigError(
                     f"Epoch {self.epoch + 1} trained nothing: iterate `run.batches(loader)` over the training loader "
@@ -412,7 +413,7 @@ class Run(Standing):
             is_last=self.epochs_completed >= self._reporter.epochs,
             evaluation_is_near=not self._feed.knows_epoch_end,
         )
-        if self._boundary.is_leaving and not evaluated:
+        if (self._boundary.is_leaving or self._recovery.is_rolling_back) and not evaluated:
             self._intake.epoch_is_complete = False
         if self._boundary.stop is not None:
             self._callbacks.tell_of_stop(self._boundary.stop)

@@ -283,31 +283,6 @@ def count_collectives() -> int | None:
         return None
 
 
-_LOST_PEERS = ("closed by peer", "reset by peer", "Broken pipe", "remote process has terminated")
-# Source: gloo/transport/tcp/pair.cc; torch/csrc/distributed/c10d/NCCLUtils.hpp.
-
-
-def has_lost_peers(error: BaseException) -> bool:
-    """Whether an error only says that other ranks are gone: theirs is the cause."""
-    if isinstance(error, (DeadlineError, LauncherLostError, dist.DistError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEERS)
-
-
-LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
-"""Environment variable: the process that `dist-train launch` starts its workers from, in their environment."""
-_FIRST_PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def launcher_is_gone() -> bool:
-    """Whether the launcher (torchrun's agent, or ours) has died and left this worker behind: nobody would restart or
-    end it any more.
-    """
-    told = os.environ.get(LAUNCHER_PID)  # a forked worker has imported this before it was one
-    launcher = int(told) if told else _FIRST_PARENT
-    return launcher is not None and os.getppid() != launcher
-
-
 def _attempt(work: Callable[[], Json]) -> Json:
     try:
         return {"value": work()}

@@ -85,7 +85,7 @@ def find_route(store: Store, parents: Sequence[Store], request: ResumeRequest, a
         NoCheckpointError, ConfigError: what is asked for cannot be had.
         FormatVersionError: a checkpoint was written by a newer version.
     """
-    placed, notes = _place(store, parents)
+    placed, notes = place(store, parents)
     record = read_record([store, *parents])
     is_new = request.kind == "branch" and (record is None or record["requested"] != request.text)
     if is_new:
@@ -102,7 +102,7 @@ def find_route(store: Store, parents: Sequence[Store], request: ResumeRequest, a
     return Route(record, is_new, tried, last, notes)
 
 
-def _place(store: Store, parents: Sequence[Store]) -> tuple[list[Placed], list[str]]:
+def place(store: Store, parents: Sequence[Store]) -> tuple[list[Placed], list[str]]:
     """Every checkpoint of the run, and what people should know.
 
     Of a parent only what this directory does not have itself, and nothing newer that does not follow from this
@@ -221,7 +221,7 @@ def settle(store: Store, record: Json) -> None:
     before = read_record([store])
     if record != before:
         _move_what_is_left_behind(store, before, origin=record["origin"])
-        store.replace(BRANCH_FILE, json.dumps(_relative(store, record)).encode())
+        store.replace(BRANCH_FILE, json.dumps(relative(store, record)).encode())
     _move_what_is_left_behind(store, record, origin=record["origin"])
 
 
@@ -235,7 +235,14 @@ def is_from_before(record: Json, one: Found) -> bool:
     """Of the run as it was when the branch began, and still in its place."""
     if record is None or one.manifest is None or is_left_behind(record, one):
         return False
-    return bool(one.manifest.sequence < record["first_sequence"])
+    return one.manifest.sequence < asked_for(record)
+
+
+def asked_for(record: Json) -> int:
+    """The first sequence of the newest branch that a person asked for, 0 without one: a run that has rolled back by
+    itself is still on that, and keeps of its own past what the policy says.
+    """
+    return int(record.get("branch_sequence", record["first_sequence"])) if record else 0
 
 
 def is_left_behind(record: Json, one: Found) -> bool:
@@ -245,7 +252,7 @@ def is_left_behind(record: Json, one: Found) -> bool:
     return bool(record["origin_sequence"] < one.manifest.sequence < record["first_sequence"])
 
 
-def _relative(store: Store, record: Json) -> Json:
+def relative(store: Store, record: Json) -> Json:
     """The record with an origin of this run directory by its path alone, so that the directory may be moved."""
     root, *rest = record["origin"]
     return {**record, "origin": ["" if root == str(store.root) else root, *rest]}

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train import errors
+from dist_train.checkpoint import roll_back
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.enclosure import require_place_for_run
 from dist_train.checkpoint.keeper import Keeper
@@ -75,9 +76,18 @@ class Checkpointer:
         store: the run directory.
         policy: what to keep, and how many failed saves in a row are survived.
         search: patterns of read-only places with earlier checkpoints of this run.
+        clean_steps: see `Keeper`.
     """
 
-    def __init__(self, store: Store, world: World, policy: CheckpointPolicy, *, search: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        world: World,
+        policy: CheckpointPolicy,
+        *,
+        search: Sequence[str] = (),
+        clean_steps: int | None = None,
+    ) -> None:
         self.store = store
         self.world = world
         self.policy = policy
@@ -85,6 +95,7 @@ class Checkpointer:
         self.attempt = 0
         self.committed: Progress | None = None
         """Progress of the newest durable checkpoint, as far as the main rank knows."""
+        self._search = search
         self._restorer = Restorer(store, world, search)
         self._ownership = Ownership(store) if world.is_main else None
         self._writer: Writer | None = None
@@ -100,7 +111,7 @@ class Checkpointer:
         self.on_wait: Callable[[Writing | None], None] = lambda writing: None
         """Called now and then while training waits for a save."""
         self._fatal: DistTrainError | None = None
-        self._keeper = Keeper(store, policy, lambda: self.is_lost)
+        self._keeper = Keeper(store, policy, lambda: self.is_lost, clean_steps)
 
     def on_beat(self, listener: Callable[[int], None]) -> None:
         """Calls `listener(attempt)` at each sign of life that the main rank gives, most in the heartbeat's thread."""
@@ -120,13 +131,21 @@ class Checkpointer:
     # Opening
 
     def open(self) -> None:
-        """Takes the run directory over: ownership, shared check, leftovers of dead attempts to the trash.
+        """Takes the run directory over: ownership, shared check, leftovers of dead attempts to the trash. After `close`
+        it may be opened again, as a new attempt.
 
         Raises:
             ConfigError: it lies among the checkpoints of another run.
             StorageError: not writable, or not one directory for all nodes.
             RunInUseError: another launch lives there.
         """
+        if self.attempt:
+            if self._ownership is not None:
+                listener = self._ownership.on_beat
+                self._ownership = Ownership(self.store)
+                self._ownership.on_beat = listener
+            self._restorer = Restorer(self.store, self.world, self._search)
+            self.committed, self.failures = None, 0
         opening = self.world.on_main(self._take_over, "taking over the run directory")
         self.run_id, self.attempt = opening["run_id"], opening["attempt"]
         require_shared(self.store, self.world, self.attempt)
@@ -185,6 +204,30 @@ class Checkpointer:
         if self.world.is_main and self.policy.budget is not None and self._writer is not None:
             self._writer.run(lambda: self._keeper.make_room(self.run_id, self._monitor))
         return is_new
+
+    @property
+    def skip_recorded(self) -> list[Json]:
+        """The skip ledger that the record of the branch holds, which the checkpoint may not hold yet. Collective."""
+        record = self._restorer.branch or {}
+        return list(self.world.broadcast(record.get("skip", []), "which windows are left out"))
+
+    def decide_roll_back(self, proved_step: int, skip: Callable[[int], list[Json]]) -> tuple[str, int] | None:
+        """Records where the next start goes back to: see `roll_back.decide`. Collective, with no save in flight."""
+
+        def decide() -> Json:
+            assert self._ownership is not None
+            self._ownership.require_held()
+            return roll_back.decide(
+                self.store,
+                self._restorer.parents,
+                proved_step,
+                attempt=self.attempt,
+                last_sequence=self._sequence,
+                skip=skip,
+            )
+
+        decided = self.world.on_main(decide, "what to roll back to")
+        return None if decided is None else (decided[0], decided[1])
 
     def _accept(self, opened: Opened) -> None:
         self._sequence = max(self._sequence, opened.manifest.sequence)

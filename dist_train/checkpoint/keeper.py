@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from dist_train.checkpoint.holdings import carry_out, measure, prove, shortfall_text, size_of_a_save, survey
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.retention import Holding, Verdict, decide, select_best
+from dist_train.checkpoint.roll_back import select_proved
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.stripping import sweep
 from dist_train.checkpoint.verify import verify_checkpoint
@@ -26,9 +28,14 @@ class Keeper:
 
     Args:
         is_lost: whether a newer attempt owns the directory; what is in it is its business then.
+        clean_steps: updates after which a checkpoint has proved good; the newest that has, and the next that will,
+            stay. None keeps none for that.
     """
 
-    def __init__(self, store: Store, policy: CheckpointPolicy, is_lost: Callable[[], bool]) -> None:
+    def __init__(
+        self, store: Store, policy: CheckpointPolicy, is_lost: Callable[[], bool], clean_steps: int | None = None
+    ) -> None:
+        self._clean_steps = clean_steps
         self._store = store
         self._policy = policy
         self._is_lost = is_lost
@@ -56,6 +63,9 @@ class Keeper:
         self._point_links(done.path, own, monitor)
         for path, manifest in own:
             sweep(self._store, path, manifest)
+        if self._clean_steps is not None:
+            proved = select_proved(own, done.manifest.progress.global_step - self._clean_steps)
+            holdings = [replace(one, protected=one.protected or proved.get(one.path, "")) for one in holdings]
         verdict = self._judge(done.manifest.run_id, monitor)(holdings)
         self._protected = {}  # once something newer is durable, the origin of this attempt is like any other
         return list(self._carry_out(verdict))

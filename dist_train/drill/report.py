@@ -134,7 +134,7 @@ def _lines_of_pass(name: str, outcome: Outcome) -> Iterator[str]:
         yield f"      This fault found no moment to come: {fault.describe()}. Give more --steps."
     if outcome.unseeded:
         names = " and ".join(outcome.unseeded)
-        yield f"      Not seeded, and nothing draws from it so far: {names} (dt.seed_everything seeds all)."
+        yield f"      Not seeded, though nothing draws from there so far: {names} (dt.seed_everything seeds all)."
     if not epochs_ended(outcome.plain.records):
         yield f"      No second epoch began within {_count(steps, 'step')}: give more --steps to drill its start, too."
 

@@ -23,6 +23,8 @@ from dist_train.errors import CorruptCheckpointError
 from dist_train.history import read_metrics
 
 COMPARED = ("progress", "state", "rank_state", "metrics", "train_loss", "best", "aliases")
+_GENERATORS = {"python", "numpy", "torch"}
+"""What a state of the random generators holds at the least."""
 
 
 def differences_of_runs(one: str | Path, other: str | Path, *, unseeded: Collection[str] = ()) -> tuple[list[str], int]:
@@ -60,10 +62,17 @@ def _open(run_dir: str | Path) -> tuple[CheckpointReader, Manifest]:
 
 def _compared(manifest: Manifest, field: str, unseeded: Collection[str]) -> str:
     value = getattr(manifest, field)
-    if field == "rank_state" and unseeded:
-        rng = [{name: state for name, state in row.get("rng", {}).items() if name not in unseeded} for row in value]
-        value = [{**row, "rng": kept} for row, kept in zip(value, rng, strict=True)]
-    return _text(value)
+    return _text(_without(value, unseeded) if field == "rank_state" else value)
+
+
+def _without(value: Any, generators: Collection[str]) -> Any:
+    """Whatever depth the states of random generators lie at: a loader that is replayed has some, too."""
+    if isinstance(value, list):
+        return [_without(one, generators) for one in value]
+    if not isinstance(value, dict):
+        return value
+    left_out = set(generators) if value.keys() >= _GENERATORS else set()
+    return {name: _without(one, generators) for name, one in value.items() if name not in left_out}
 
 
 def _describe(pair: TensorDifference) -> str:

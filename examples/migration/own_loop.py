@@ -17,6 +17,15 @@ from torch import nn
 import dist_train as dt
 
 
+class Batches:
+    """The old script's batches as something to iterate once an epoch: the run finds its place in them again."""
+
+    epoch = 0
+
+    def __iter__(self):
+        return batches(self.epoch)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", default="runs/ultra")
@@ -24,10 +33,12 @@ def main() -> None:
     args = parser.parse_args()
     model, optimizer, scheduler = build()
     policy = dt.CheckpointPolicy(every_epochs=1, monitor="val_smape", mode="min")
-    with dt.Run(args.run_dir, model=model, optimizer=optimizer, scheduler=scheduler, policy=policy) as run:
-        for epoch in run.epochs(args.epochs):
+    loader = Batches()
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+    with dt.Run(args.run_dir, policy=policy, **parts) as run:
+        for loader.epoch in run.epochs(args.epochs):
             model.train()
-            for x, y in batches(epoch):
+            for x, y in run.batches(loader):
                 loss = nn.functional.mse_loss(model(x), y)
                 loss.backward()
                 optimizer.step()

@@ -95,6 +95,7 @@ class SmallRun:
     resume: str = "auto"
     max_steps: int | None = None
     max_time: str | None = None
+    hang_timeout: str | float | None = "auto"
     search: Sequence[str] = ()
     log_every_steps: int = 1
     early_stopping: EarlyStopping | None = None
@@ -156,6 +157,7 @@ class SmallRun:
             early_stopping=self.early_stopping,
             max_steps=self.max_steps,
             max_time=self.max_time,
+            hang_timeout=self.hang_timeout,
             search=self.search,
             log_every_steps=self.log_every_steps,
             open_store=self.open_store,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ from torch import nn
 from dist_train import cli
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.drill.arrival import when_imported
+from dist_train.drill.diagnosis import AUGMENTATION, KERNEL, ORDER, OUTSIDE, SEED
 from dist_train.drill.digests import digest_of, digests_of_generators, digests_of_models, surroundings
-from dist_train.drill.faults import Fired
+from dist_train.drill.faults import KINDS, MOMENTS, Fired
 from dist_train.drill.records import read_records
 from dist_train.drill.rehearsal import Rehearsal, read_places
 from dist_train.drill.report import restarts_of
@@ -26,8 +28,10 @@ from dist_train.drill.twins import differences_of_runs
 from dist_train.drill.untouched import fingerprint, listing
 from dist_train.drill.uses import mentions_dist_train
 from dist_train.options import RunOptions
+from tests.support.launch import ROOT
 from tests.support.small_run import SmallRun
 
+CAUSES = (SEED, ORDER, AUGMENTATION, KERNEL, OUTSIDE, "evaluation")
 COURSE = Course(last_step=40, save_every=4, saves_within_epochs=(4, 8, 12, 24, 28))
 
 
@@ -272,3 +276,17 @@ def test_a_module_is_told_of_when_it_arrives(tmp_path: Path, monkeypatch: pytest
     assert seen == [1]
     when_imported("a_module_of_this_test", lambda module: seen.append(2))
     assert seen == [1, 2]
+
+
+def test_the_page_names_every_option_and_every_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "drill.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["drill", "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out.split("examples:")[0])) - {"--help", "--"}
+    assert options == set(re.findall(r"`(--[a-z-]+)", page.split("## Options")[1].split("## What")[0]))
+    # `terminate_launcher` is for the tests of launchers.
+    faults = {name for name in KINDS if name != "terminate_launcher"}
+    assert faults <= set(re.findall(r"`([a-z_]+)[`(]", page.split("## Faults in your own tests")[1]))
+    phases = set(re.findall(r"`([a-z_]+)`", page.split("`at_phase` is one of")[1].split(". A fault comes")[0]))
+    assert phases <= set(MOMENTS)
+    assert {cause for cause in CAUSES if f"| {cause} |" not in page} == set()

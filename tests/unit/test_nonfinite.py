@@ -18,7 +18,7 @@ from dist_train.health.policy import HealthPolicy
 from dist_train.health.spikes import spike_limit
 from dist_train.run import Run
 from tests.support.bad_batches import BAD_UPDATE, BadRun
-from tests.support.small_run import EACH_EPOCH, events_of, manifests_of, small_model, status_of
+from tests.support.small_run import EACH_EPOCH, StandIn, events_of, manifests_of, small_model, status_of
 
 STOP, SKIP = HealthPolicy(), HealthPolicy(not_finite="skip")
 
@@ -104,6 +104,15 @@ def test_skipping_without_end_is_called_diverged(tmp_path: Path) -> None:
     run = small.train()
     assert run.reason is StopReason.DIVERGED
     assert "4 updates in a row were left out" in status_of(small.run_dir)["error"]
+
+
+def test_a_scaler_that_leaves_everything_out_is_called_diverged(tmp_path: Path) -> None:
+    """Some updates in a row are its usual way to a scale; so many are not."""
+    small = BadRun(run_dir=tmp_path / "few", accelerator=StandIn(skip=lambda update: update < 9))
+    assert small.train().reason is StopReason.DONE
+    endless = BadRun(run_dir=tmp_path / "run", accelerator=StandIn(skip=lambda update: update > 4), epochs=20)
+    assert endless.train().reason is StopReason.DIVERGED
+    assert "the GradScaler has left out 64 updates in a row" in status_of(endless.run_dir)["error"]
 
 
 # Weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import dist_train as dt
-from dist_train import phases
+from dist_train import launched, phases
 from dist_train.errors import ConfigError
 from dist_train.health import stacks
 from dist_train.health.hang_folder import HangFolder, untold_hangs
@@ -245,6 +246,50 @@ def test_where_somebody_restarts_it_a_hung_process_ends(tmp_path: Path) -> None:
     watched.dog.close()
 
 
+def test_the_launcher_is_told_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launched.LAUNCH_DIR, str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(launched, "_noted", {})
+    watched = Watched(tmp_path, leaves=True)
+    watched.pass_time(10.5)
+    note = launched.read_notes(tmp_path)[0]
+    assert note["global_step"] == 1
+    error = note["error"]
+    assert (error["type"], error["phase"], error["secondary"], error["final"]) == ("Hang", "step", False, False)
+    assert error["message"].startswith("hung at step 1: a step took 10.")
+    assert "in test_the_launcher_is_told_where_it_was" in error["traceback"]
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_hung_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hangs").write_text("no folder")
+    watched = Watched(tmp_path, leaves=True)
+    watched.pass_time(10.5)
+    assert watched.codes[0] == 1
+    told = capsys.readouterr().err
+    assert "could not be written" in told
+    assert "in test_a_folder_that_cannot_be_written" in told
+
+
+def test_a_process_in_a_debugger_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "is_debugged", lambda: True)
+    watched = Watched(tmp_path, leaves=True)
+    watched.pass_time(11.0)
+    assert watched.codes == []
+    assert len(watched.events) == 1
+
+
+def test_nothing_watches_where_it_is_off(tmp_path: Path) -> None:
+    def count(run: dt.Run) -> None:
+        seen.append([thread.name for thread in threading.enumerate() if "watchdog" in thread.name])
+
+    seen: list[list[str]] = []
+    for hang_timeout in ("off", "auto"):
+        SmallRun(run_dir=tmp_path / hang_timeout, epochs=1, hang_timeout=hang_timeout, at_epoch=count).train()
+    assert seen == [[], ["dist_train-watchdog"]]
+
+
 # Several ranks
 
 
@@ -350,8 +395,6 @@ def test_a_hang_that_nobody_could_write_down_is_told_by_the_next_attempt(tmp_pat
 
 
 def test_a_run_that_is_well_leaves_no_hangs_and_no_thread(tmp_path: Path) -> None:
-    import threading
-
     SmallRun(run_dir=tmp_path / "run", epochs=1).train()
     assert not (tmp_path / "run" / "hangs").exists()
     assert [thread.name for thread in threading.enumerate() if "watchdog" in thread.name] == []

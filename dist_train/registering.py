@@ -1,0 +1,48 @@
+"""What a run is given besides its model and optimizer: objects to save and restore, and what to call when.
+
+Invariant: everything that a checkpoint holds is known before the first epoch begins.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from dist_train.callbacks import Callback, Callbacks, has_state, name_of
+from dist_train.errors import ConfigError
+from dist_train.standing import Standing
+from dist_train.state import LiveState, Stateful
+
+
+class Registering(Standing):
+    """The side of `Run` that is used before its loop."""
+
+    _live: LiveState
+    _callbacks: Callbacks
+    _begun: bool
+
+    def register(self, name: str, one: Stateful) -> None:
+        """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
+
+        Raises:
+            ConfigError: the name is taken, it is no such object, or `epochs` was called already.
+            StateMismatchError: the checkpoint that is resumed from does not hold it.
+        """
+        if name in self._live.registered or not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
+            raise ConfigError(
+                f"run.register({name!r}, ...): give each object with state_dict and load_state_dict its own name."
+            )
+        if self._begun:
+            raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
+        self._live.registered[name] = one
+        self._beginning.register(name)
+
+    def on(self, event: str, callback: Callback, *, name: str | None = None) -> None:
+        """Calls `callback(happening)` when `event` happens; see `dist_train.callbacks` for the events.
+
+        Args:
+            callback: a function, which needs nothing more; an object with `state_dict` and `load_state_dict`, too, is
+                saved and restored, and must be given before `epochs` is called.
+            name: of such an object in the checkpoint; its class's name by default.
+        """
+        if self._callbacks.add(event, callback) and has_state(callback):
+            self.register(f"callback.{name or name_of(callback)}", cast(Stateful, callback))
