@@ -192,6 +192,22 @@ def test_norms_that_are_not_finite_do_not_move_the_limit() -> None:
     )
 
 
+def test_a_spike_is_left_out_and_a_resume_judges_by_the_same_norms(tmp_path: Path) -> None:
+    health = HealthPolicy(spike="skip", spike_window=16)
+    straight = BadRun(run_dir=tmp_path / "straight", large_updates={12}, health=health)
+    straight.train()
+    (event,) = events_of(straight.run_dir, "spike")
+    assert (event["global_step"], event["action"]) == (12, "skip")
+    for steps in (9, None):
+        parts = BadRun(run_dir=tmp_path / "parts", large_updates={12}, health=health, max_steps=steps)
+        parts.train()
+    ends = [manifests_of(one.run_dir)[-1]["state"] for one in (straight, parts)]
+    assert ends[0] == ends[1]
+    assert len(ends[0]["health"]["norms"][""]) == 15
+    for one, other in zip(straight.prepared.parameters(), parts.prepared.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def stepped(guard: GradientGuard[int], optimizer: torch.optim.Optimizer, gradients: list[float]) -> list[int]:
     """Windows that were found bad, window i having the gradient i."""
     (parameter,) = optimizer.param_groups[0]["params"]
