@@ -208,6 +208,7 @@ class Run(Registering):
         self._rate.close()
         self._tracking.finish()
         self._boundary.report(self._checkpointer.close())
+        self._reporter.events.write("stopped", reason="rolled_back", global_step=self.global_step)
         self._monitoring.end_attempt()
         self._intake.end_epoch()
         self._recovery.put_back()

@@ -34,9 +34,9 @@ from dist_train.cluster.attempts import describe, merge, report_of_node
 from dist_train.cluster.folder import Folder
 from dist_train.cluster.grace import Grace
 from dist_train.cluster.peers import SILENT_SECONDS, Peers
-from dist_train.cluster.restart_policy import Restart, RestartPolicy, Stop
+from dist_train.cluster.restart_policy import Ended, Restart, RestartPolicy, Stop
 from dist_train.cluster.signals import TOLD_EARLY, Signals, StopAskedError
-from dist_train.cluster.summary import Attempt, Conclusion
+from dist_train.cluster.summary import NODES_CHANGED, Attempt, Conclusion
 from dist_train.cluster.workers import AFTER_TERM_SECONDS, Workers
 from dist_train.errors import DeadlineError, ExitCode
 from dist_train.launched import LAUNCH_DIR, read_notes
@@ -57,7 +57,7 @@ PATIENCE_POLL_SECONDS = 0.1
 STOPPED_LOOKS = 5
 """A worker that SIGSTOP holds at so many looks in a row, a second apart, counts as dead. Time would not do: a platform
 may suspend the launcher with its workers."""
-LOST_RENDEZVOUS = (RendezvousError, dist.DistNetworkError, dist.DistStoreError)
+LOST_RENDEZVOUS = (RendezvousError, dist.DistError)
 
 
 class Agent(SimpleElasticAgent):
@@ -86,6 +86,8 @@ class Agent(SimpleElasticAgent):
         self._most_nodes, self._grace, self._say = most_nodes, grace, say
         self._attempt = 0
         self._peers: Peers | None = None
+        self._agreed = False
+        self._began = 0.0
         self._kill_at = float("inf")
         self._warned = False
         self._next_look = 0.0
@@ -98,21 +100,26 @@ class Agent(SimpleElasticAgent):
             while isinstance(decision := self._live_once(conclusion), Restart):
                 self._signals.rest(decision.pause_seconds)
             conclusion.exit_code, conclusion.why = decision.exit_code, decision.why
+            self._agreed = True
         except StopAskedError:
             conclusion.exit_code, conclusion.why = self._signals.exit_code, TOLD_EARLY
         except LOST_RENDEZVOUS as error:
             conclusion.exit_code, conclusion.why = ExitCode.ERROR, _why_lost(error)
-            self._end_workers("the rendezvous is lost", None)
+            stopped, ended_by_us = self._end_workers("the rendezvous is lost", None)
+            if self._workers.exits:
+                report = self._report(stopped, ended_by_us)
+                self._remember(conclusion, merge([report], seconds=time.monotonic() - self._began), [report], "")
         finally:
             self._workers.close()
             conclusion.seconds = time.monotonic() - began
         return conclusion
 
     def part(self) -> None:
-        """After the last attempt, before the rendezvous is closed."""
-        with contextlib.suppress(*LOST_RENDEZVOUS):
-            if self._peers is not None:
+        """Closes the rendezvous where all nodes have agreed that it is over; who ends alone leaves it open."""
+        if self._agreed and self._peers is not None:
+            with contextlib.suppress(*LOST_RENDEZVOUS):
                 self._peers.part(SILENT_SECONDS)
+                self._worker_group.spec.rdzv_handler.shutdown()
 
     def _live_once(self, conclusion: Conclusion) -> Restart | Stop:
         self._attempt += 1
@@ -122,27 +129,31 @@ class Agent(SimpleElasticAgent):
                 self._rendezvous(group)
             self._serve_master(group)
         peers = self._peers = Peers(self._store_of_attempt(), group.group_rank, group.group_world_size)
-        began = time.monotonic()
+        self._began = time.monotonic()
         self._policy.started()
         self._start_workers(group)
         why = self._watch(peers)
         stopped, ended_by_us = self._end_workers(why, peers)
         report = self._report(stopped, ended_by_us)
         reports, lost = peers.exchange(report, self._stop_grace() + SILENT_SECONDS)
-        ended = merge(reports, seconds=time.monotonic() - began, node_came=why == MEMBERSHIP, node_left=bool(lost))
+        seconds = time.monotonic() - self._began
+        ended = merge(reports, seconds=seconds, node_came=why == MEMBERSHIP, node_left=bool(lost))
         decision = self._agree(peers, self._policy.decide(ended), reports)
-        step = max((one["step"] for one in reports if one["step"] is not None), default=None)
-        conclusion.run_dir = report["run_dir"] or conclusion.run_dir
-        conclusion.attempts.append(
-            Attempt(
-                number=self._attempt, world_size=group.workers[0].world_size, ended=ended, step=step, why=decision.why
-            )
-        )
+        self._remember(conclusion, ended, reports, decision.why)
         if isinstance(decision, Restart):
-            what = describe(ended.causes[0]) if ended.causes else "nodes came or left"
+            what = NODES_CHANGED if ended.membership else describe(ended.causes[0])
             after = f" in {decision.pause_seconds:.0f} s" if decision.pause_seconds >= 1 else ""
             self._say(f"{what}; restarting{after}, {decision.why}")
         return decision
+
+    def _remember(self, conclusion: Conclusion, ended: Ended, reports: Sequence[Json], why: str) -> None:
+        step = max((one["step"] for one in reports if one["step"] is not None), default=None)
+        world_size = self._worker_group.workers[0].world_size
+        conclusion.attempts.append(
+            Attempt(number=self._attempt, world_size=world_size, ended=ended, step=step, why=why)
+        )
+        run_dirs = [one["run_dir"] for one in reports if one["run_dir"]]
+        conclusion.run_dir = run_dirs[0] if run_dirs else conclusion.run_dir
 
     # Before an attempt
 

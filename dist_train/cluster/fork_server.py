@@ -154,18 +154,20 @@ class ForkServer:
 
     def _reap(self) -> None:
         for pid in list(self._pids):
-            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None:
-                continue
             members = []
-            if (ended.si_code, ended.si_status) != (os.CLD_EXITED, 0):
-                # Before its id is given back, and with it the id of its process group.
-                members = members_of_group(pid)
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            self._pids.discard(pid)
-            self.tell(ended=pid, code=os.waitstatus_to_exitcode(status), members=members)
+            if hasattr(os, "waitid"):  # macOS has none before Python 3.13
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None:
+                    continue
+                if (ended.si_code, ended.si_status) != (os.CLD_EXITED, 0):
+                    # Before its id is given back, and with it the id of its process group.
+                    members = members_of_group(pid)
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(pid, signal.SIGKILL)
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                self._pids.discard(pid)
+                self.tell(ended=pid, code=os.waitstatus_to_exitcode(status), members=members)
 
     def _signal_all(self, what: signal.Signals) -> None:
         for pid in self._pids:

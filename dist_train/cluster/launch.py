@@ -8,8 +8,10 @@ it is left, and none of its files.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import socket
 import sys
 import time
 import uuid
@@ -105,6 +107,24 @@ class LaunchOptions:
         """One node, and no endpoint to meet others at."""
         return self.standalone or (self.nodes[1] == 1 and not self.rdzv_endpoint)
 
+    @property
+    def address(self) -> str | None:
+        """By which other nodes reach this one: what is told, else where the way to the endpoint leaves this machine.
+
+        None leaves it to torch, which asks for the host's full name; many machines have none that others can resolve.
+        """
+        if self.local_addr or self.is_alone or not self.rdzv_endpoint:
+            return self.local_addr
+        host = self.rdzv_endpoint.rpartition(":")[0] or self.rdzv_endpoint
+        try:
+            family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(where)  # of a datagram socket: nothing is sent
+                address = str(probe.getsockname()[0])
+        except OSError:
+            return None
+        return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
+
 
 def launch(options: LaunchOptions, say: Callable[[str], None]) -> Conclusion:
     """Runs the program on this node until its end; every node runs the same.
@@ -166,7 +186,7 @@ def _launch(
         rdzv_handler=handler,
         max_restarts=options.max_restarts,
         monitor_interval=options.monitor_interval,
-        local_addr=options.local_addr,
+        local_addr=options.address,
     )
     policy = RestartPolicy(options.max_restarts, give_up_after=options.give_up_after)
     agent = Agent(
@@ -181,7 +201,6 @@ def _launch(
     )
     conclusion = agent.launch()
     agent.part()
-    handler.shutdown()
     return conclusion
 
 
@@ -203,7 +222,7 @@ def _make_rendezvous(options: LaunchOptions) -> Any:
             run_id,
             1 if options.is_alone else least,
             1 if options.is_alone else most,
-            options.local_addr,
+            options.address,
             **configuration,
         )
     )

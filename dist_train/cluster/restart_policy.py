@@ -133,7 +133,7 @@ class RestartPolicy:
                 exit_code=told.shell_code, why=NOT_RESTARTED.get(told.exit_code, "starting it again cannot help")
             )
         if ended.membership:
-            return Restart(pause_seconds=0.0, why="nodes came or left")
+            return Restart(pause_seconds=0.0, why="which costs nothing of the budget")
         first = ended.causes[0]
         if self._attempts == 1 and not ended.begun and ended.seconds < FIRST_SECONDS and not first.was_signalled:
             return Stop(exit_code=first.shell_code, why="it failed before the run began: starting it again cannot help")

@@ -14,6 +14,7 @@ from dist_train.console import seconds_text
 from dist_train.errors import ExitCode
 
 Json = Any
+NODES_CHANGED = "nodes came or left"
 _SAID: dict[int, str] = {
     ExitCode.OK: "ended well",
     ExitCode.REQUEUE: "stopped, to be continued by the same command",
@@ -86,7 +87,7 @@ def _line(attempt: Attempt) -> str:
         describe(cause) for cause in ended.causes[:1]
     ]
     if ended.membership:
-        parts = ["nodes came or left"]
+        parts = [NODES_CHANGED]
     what = "; ".join(parts) or ("told to end" if ended.stop_asked else "ended well")
     committed = ended.committed_step
     if committed is not None:

@@ -33,6 +33,7 @@ _ENDS = {
     "time_limit": "stopped at the time limit",
     "interrupted": "interrupted",
     "diverged": "diverged",
+    "rolled_back": "rolled back",
     "error": "ended by an error",
     "hung": "hung",
     "lost_peers": "lost another rank",

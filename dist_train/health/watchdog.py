@@ -328,6 +328,8 @@ class Watchdog:
         end = time.monotonic() + GRACE_SECONDS
         while True:
             there = self._folder.ranks_with_stacks(self._folder.names())
+            if self._told.rank not in there:  # nobody can write there
+                return []
             missing = [rank for rank in range(self._told.world_size) if rank not in there]
             if all(self._is_out(rank) for rank in missing) or time.monotonic() >= end:
                 return missing
@@ -376,10 +378,11 @@ class Watchdog:
 
     def _sum_up(self, missing: Sequence[int]) -> None:
         """Who waits for whom, as far as that shows: the ranks outside of collectives first."""
-        found = {rank: self._folder.line_of(rank, _PLACE) for rank in range(self._told.world_size)}
+        there = self._folder.ranks_with_stacks(self._folder.names())
+        found = {rank: self._folder.line_of(rank, _PLACE) for rank in there}
         lines = sorted((line.startswith("in a coll"), rank, line) for rank, line in found.items() if line)
         places = [f"rank {rank} {line}" for _, rank, line in lines[:_MOST_PLACES]]
-        text = f"Where the ranks are: {'; '.join(places)}."
+        text = f"Where the ranks are: {'; '.join(places)}." if places else "Nobody knows where the ranks are."
         if missing:
             text += f" No stacks came from {', '.join(self._named(rank) for rank in missing[:_MOST_PLACES])}."
         _say(text)

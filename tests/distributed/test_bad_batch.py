@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from dist_train.drill import FaultPlan
+from dist_train.history import read_metrics
 from dist_train.order import sample_order
 from tests.support.bad_batch import EPOCH, GLOBAL_BATCH
 from tests.support.damage import events
@@ -14,7 +16,6 @@ from tests.support.launch import ROOT, Outcome, run_again_until_done, run_comman
 from tests.support.twins import read_checkpoint, same_bits
 
 SCRIPT = str(ROOT / "tests/support/bad_batch.py")
-VICTIM = str(ROOT / "dist_train/drill/victim.py")
 LIFE_SECONDS = 150.0
 FIRST = 16
 """The fifth window of the second epoch: update 15."""
@@ -35,8 +36,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_end(run_dir: Path, reference: Path) -> None:
-    from dist_train.history import read_metrics
-
     (one, first), (other, second) = read_checkpoint(run_dir), read_checkpoint(reference)
     assert one.progress == other.progress
     assert one.progress.global_step == 29
@@ -64,3 +63,12 @@ def test_kills_between_the_decision_and_the_end_forget_nothing(tmp_path: Path, r
     assert len(lives) == 3
     plan.require_all_fired()
     assert_same_end(run_dir, reference)
+
+
+def test_what_one_rank_holds_of_a_sharded_model_is_judged_by_both(tmp_path: Path) -> None:
+    command = torchrun(2, str(ROOT / "tests/support/sharded_guard.py"), str(tmp_path))
+    run_command(command, deadline_seconds=LIFE_SECONDS).require_success()
+    one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert one == other
+    assert one.pop("norm") == pytest.approx(one.pop("expected"), rel=1e-6)
+    assert one == {"bad": [[3, "not_finite"]], "kept": True, "sound": [], "ruined": ["2.weight"]}

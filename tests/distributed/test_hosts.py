@@ -247,7 +247,8 @@ def test_a_cut_link_leaves_training_to_the_side_of_the_rendezvous(
     launcher: Launcher, tmp_path: Path, stack: ExitStack, twin: list[dict[str, Any]]
 ) -> None:
     """The other side holds the main rank and stands still meanwhile, as a paused machine does: when it wakes up it is
-    the zombie of an old attempt, in the very directory in which the new one trains.
+    the zombie of an old attempt, in the very directory in which the new one trains. torchrun there joins again, and
+    `dist-train launch` ends, to be started again.
     """
     network = stack.enter_context(Network(2, tmp_path))
     main, rendezvous = network.hosts
@@ -263,6 +264,10 @@ def test_a_cut_link_leaves_training_to_the_side_of_the_rendezvous(
     alone = fleet.attempt
     main.unpause()
     main.mend()
+    if launcher is dist_train_launch:
+        ended = zombie.wait(60)
+        assert (ended.returncode, "the rendezvous is lost" in ended.output) == (1, True)
+        zombie = fleet.start(main)
     launch.wait_until(fleet.trains_on(2, after=alone), "training on two hosts again")
     fleet.set_pace(0.0)
     for one in (launch, zombie):

@@ -24,6 +24,8 @@ class BadRun(SmallRun):
     """Global steps whose gradient is ruined."""
     bad_samples: Collection[tuple[int, int]] = ()
     """(epoch, index) of samples that ruin the gradient of their window."""
+    large_updates: Collection[int] = ()
+    """Global steps whose inputs are far too large."""
     health: HealthPolicy = field(default_factory=HealthPolicy)
 
     def options(self) -> RunOptions:
@@ -39,4 +41,6 @@ class BadRun(SmallRun):
         ruined = any((run.epoch, index) in self.bad_samples for index in batch[2].tolist())
         if ruined or run.global_step + 1 in self.bad_updates:
             batch = (torch.full_like(batch[0], math.nan), *batch[1:])
+        if run.global_step + 1 in self.large_updates:
+            batch = (batch[0], batch[1] * 1e4, *batch[2:])
         super()._train_on(batch, run, micro_step)

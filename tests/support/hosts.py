@@ -111,10 +111,13 @@ class Host:
         """Every process but the first stands still, as all of a machine does whose hypervisor has paused it. Its
         kernel, which is ours, still answers: `cut` it first.
         """
-        self._signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP, self._own_pids())
 
     def unpause(self) -> None:
-        self._signal(signal.SIGCONT)
+        own = self._own_pids()
+        self._signal(signal.SIGCONT, own)
+        # `nsenter` stops itself when what it has started is stopped, and must not see that once more.
+        self._signal(signal.SIGCONT, [pid for pid in self.pids() if pid not in own])
 
     def cut(self) -> None:
         """Unplugged at the switch: frames vanish, and no interface of any host says so."""
@@ -123,11 +126,16 @@ class Host:
     def mend(self) -> None:
         _ip("-n", self._switch, "link", "set", self._port, "master", "bridge")
 
-    def _signal(self, what: signal.Signals) -> None:
-        for pid in self.pids():
-            if pid not in (self._init.pid if self._init else 0, self._first_process()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, what)
+    def _own_pids(self) -> list[int]:
+        """Of the processes that were started on it, without its first."""
+        first = self._first_process()
+        here = os.readlink(f"/proc/{first}/ns/pid")
+        return [pid for pid in self.pids() if pid != first and _namespace_of(pid) == here]
+
+    def _signal(self, what: signal.Signals, pids: Iterable[int]) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, what)
 
     def _inside(self, command: Sequence[str]) -> list[str]:
         first = self._first_process()
@@ -200,6 +208,13 @@ def _remove(names: Iterable[str]) -> None:
 
 def _namespaces() -> list[str]:
     return [line.split()[0] for line in _ip("netns", "list").splitlines() if line]
+
+
+def _namespace_of(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return ""
 
 
 def _ip(*words: str) -> str:

@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep at each micro-step")
     parser.add_argument("--pace", default="", help="file that holds the same, read at each micro-step")
     parser.add_argument("--micro", type=int, default=0, help="samples of a micro-batch; 0 for 4 micro-steps an update")
+    parser.add_argument("--hang-timeout", default="auto")
     parser.add_argument("--samples", default="", help="folder to record consumed samples in")
     parser.add_argument("--world-size", type=int, default=0, help="how many ranks there must be; 0 for any number")
     args = parser.parse_args()
@@ -156,6 +157,7 @@ def train_with_trainer(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         log_every_steps=1,
         resume=args.resume,
+        hang_timeout=args.hang_timeout,
         cpu=True,
         checkpoint=dt.CheckpointPolicy(
             every_steps=args.every_steps, every_epochs=1, keep_last=args.keep_last, monitor="val_mae"
@@ -203,7 +205,7 @@ def train_in_own_loop(args: argparse.Namespace) -> int:
         loader=loader,
         policy=policy,
         resume=args.resume,
-        options=dt.RunOptions(log_every_steps=1),
+        options=dt.RunOptions(log_every_steps=1, hang_timeout=args.hang_timeout),
     ) as run:
         for _ in run.epochs(args.epochs):
             model.train()

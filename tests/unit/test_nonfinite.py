@@ -18,7 +18,7 @@ from dist_train.health.policy import HealthPolicy
 from dist_train.health.spikes import spike_limit
 from dist_train.run import Run
 from tests.support.bad_batches import BAD_UPDATE, BadRun
-from tests.support.small_run import EACH_EPOCH, events_of, manifests_of, small_model, status_of
+from tests.support.small_run import EACH_EPOCH, StandIn, events_of, manifests_of, small_model, status_of
 
 STOP, SKIP = HealthPolicy(), HealthPolicy(not_finite="skip")
 
@@ -106,6 +106,15 @@ def test_skipping_without_end_is_called_diverged(tmp_path: Path) -> None:
     assert "4 updates in a row were left out" in status_of(small.run_dir)["error"]
 
 
+def test_a_scaler_that_leaves_everything_out_is_called_diverged(tmp_path: Path) -> None:
+    """Some updates in a row are its usual way to a scale; so many are not."""
+    small = BadRun(run_dir=tmp_path / "few", accelerator=StandIn(skip=lambda update: update < 9))
+    assert small.train().reason is StopReason.DONE
+    endless = BadRun(run_dir=tmp_path / "run", accelerator=StandIn(skip=lambda update: update > 4), epochs=20)
+    assert endless.train().reason is StopReason.DIVERGED
+    assert "the GradScaler has left out 64 updates in a row" in status_of(endless.run_dir)["error"]
+
+
 # Weights
 
 
@@ -181,6 +190,22 @@ def test_norms_that_are_not_finite_do_not_move_the_limit() -> None:
     assert spike_limit([1.0, 3.0, math.nan, 1.0, math.inf, 3.0], sigma=2, window=6) == spike_limit(
         known, sigma=2, window=6
     )
+
+
+def test_a_spike_is_left_out_and_a_resume_judges_by_the_same_norms(tmp_path: Path) -> None:
+    health = HealthPolicy(spike="skip", spike_window=16)
+    straight = BadRun(run_dir=tmp_path / "straight", large_updates={12}, health=health)
+    straight.train()
+    (event,) = events_of(straight.run_dir, "spike")
+    assert (event["global_step"], event["action"]) == (12, "skip")
+    for steps in (9, None):
+        parts = BadRun(run_dir=tmp_path / "parts", large_updates={12}, health=health, max_steps=steps)
+        parts.train()
+    ends = [manifests_of(one.run_dir)[-1]["state"] for one in (straight, parts)]
+    assert ends[0] == ends[1]
+    assert len(ends[0]["health"]["norms"][""]) == 15
+    for one, other in zip(straight.prepared.parameters(), parts.prepared.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def stepped(guard: GradientGuard[int], optimizer: torch.optim.Optimizer, gradients: list[float]) -> list[int]:

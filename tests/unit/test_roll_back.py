@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.store import Operation, Store
+from dist_train.cli import main
 from dist_train.errors import StopReason
 from dist_train.health.policy import HealthPolicy
 from dist_train.history import read_metrics
 from dist_train.ledger import SkipLedger, Skipped
+from dist_train.options import RunOptions
 from dist_train.run import Run
 from tests.support.bad_batches import BadRun
-from tests.support.small_run import SmallRun, events_of, manifests_of, status_of
+from tests.support.small_run import Numbered, SmallRun, events_of, manifests_of, status_of
 
 HEALTH = HealthPolicy(not_finite="roll_back", clean_steps=2)
 EVERY_STEP = CheckpointPolicy(every_steps=1, keep_last=3)
@@ -89,6 +93,7 @@ def test_a_roll_back_ends_as_a_run_that_never_saw_those_samples(clean: SmallRun,
     (event,) = events_of(small.run_dir, "rolled_back")
     assert event["path"].endswith("checkpoints/step-00000005")
     assert (event["global_step"], event["back_to"], event["first"], event["last"]) == (8, 5, 8, 11)
+    assert [one["reason"] for one in events_of(small.run_dir, "stopped")] == ["rolled_back", "done"]
     (skipped,) = events_of(small.run_dir, "skipped_window")
     assert (skipped["epoch"], skipped["first"], skipped["last"]) == (1, 8, 11)
 
@@ -262,6 +267,77 @@ def test_a_changed_learning_rate_survives_the_roll_back(clean: SmallRun, tmp_pat
     rates = small.rates[8:]
     other = reference(tmp_path / "reference", clean)
     assert rates == other.rates[5:]
+
+
+def test_the_report_tells_a_roll_back_from_a_kill(
+    clean: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_run(tmp_path / "run", clean).train()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (restart,) = told["restarts"]
+    assert (restart["cause"], restart["at_step"], restart["lost_steps"]) == ("rolled_back", 8, 3)
+    assert sum(told["buckets"].values()) == pytest.approx(told["seconds"], abs=1e-3)
+
+
+# A loader of the user's own
+
+
+def own_loader_run(run_dir: Path, *, bad: bool, left_out: bool = False) -> tuple[Run, nn.Module, list[list[int]]]:
+    """Five batches an epoch, drawn anew each time; one sample of epoch 1 ruins its batch wherever it comes."""
+    torch.manual_seed(1)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    loader = torch.utils.data.DataLoader(Numbered(), batch_size=4, shuffle=True)
+    used: list[list[int]] = []
+    options = RunOptions(health=HEALTH, log_every_steps=1)
+    with Run(str(run_dir), model=model, optimizer=optimizer, loader=loader, options=options) as run:
+        for epoch in run.epochs(3):
+            if left_out:
+                run._intake.ledger.replace([{**OWN_ENTRY, "global_step": 8}])
+            for index, batch in enumerate(run.batches(loader)):
+                inputs, targets, numbers = batch
+                used.append(numbers.tolist())
+                is_third = run._intake._user is not None and run._intake._user.batches == 2
+                inputs = inputs * math.nan if bad and epoch == 1 and is_third and index == 2 else inputs
+                loss = nn.functional.mse_loss(model(inputs).squeeze(1), targets)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step(loss=loss)
+    return run, model, used
+
+
+OWN_ENTRY = {"epoch": 1, "first": 2, "last": 2, "unit": "batches", "kind": "not_finite", "back_to": 5}
+
+
+def test_a_loader_of_the_users_is_gone_through_again_without_the_bad_batch(tmp_path: Path) -> None:
+    run, model, used = own_loader_run(tmp_path / "run", bad=True)
+    assert run.reason is StopReason.DONE
+    other, expected, straight = own_loader_run(tmp_path / "reference", bad=False, left_out=True)
+    assert run.global_step == other.global_step == 14
+    assert used[8:] == straight[5:]
+    assert torch.equal(model.weight, expected.weight)
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "reference")
+    (ledger,) = manifests_of(tmp_path / "run")[-1]["state"]["health"]["ledger"]
+    assert ledger == {**OWN_ENTRY, "global_step": 8}
+
+
+def test_a_loader_that_cannot_begin_again_cannot_be_gone_back_in(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    batches = iter(torch.utils.data.DataLoader(Numbered(), batch_size=1))
+    with Run(str(tmp_path), model=model, optimizer=optimizer, loader=batches, options=RunOptions(health=HEALTH)) as run:
+        for _ in run.epochs(1):
+            for index, (inputs, _targets, _numbers) in enumerate(run.batches(batches)):
+                model(inputs * (math.nan if index == 9 else 1)).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step()
+                run.save()
+    assert run.reason is StopReason.DIVERGED
+    assert "a training loader that can be gone through again" in status_of(tmp_path)["error"]
 
 
 def test_the_ledger_covers_windows_that_overlap_it() -> None:
