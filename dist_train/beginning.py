@@ -110,8 +110,10 @@ class Beginning:
             self._reporter.events.write("started", world_size=self._world.world_size, environment=environment)
             differences.warn_of_inexact_device(device)
         self._reporter.problems(self._checkpointer.problems)
-        self._branches = self._checkpointer.settle_branch()
-        if self._branches:
+        is_new = self._checkpointer.settle_branch()
+        # What a roll-back leaves behind is done again; what a person's branch does is not.
+        self._branches = is_new and not self._checkpointer.skip_recorded
+        if is_new:
             step = self._progress.now.global_step
             self._reporter.events.write("branched", path=self.resumed_from, global_step=step)
 

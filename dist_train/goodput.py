@@ -39,7 +39,6 @@ class AttemptTime:
     global_step: int
     """The last one that is known."""
     lost_steps: int = 0
-    rollbacks: int = 0
     first_step: int | None = None
     """From its start to its first update."""
     is_open: bool = False
@@ -139,7 +138,6 @@ def _measured(record: Mapping[str, Json]) -> AttemptTime:
         buckets=dict.fromkeys(BUCKETS, 0) | to_micro(record["buckets"]),
         resumed_step=int(resumed["global_step"]) if resumed else None,
         global_step=int(record["global_step"]),
-        rollbacks=len(record.get("rollbacks", ())),
         first_step=None if first is None else round(first * MICRO),
         is_open=bool(record.get("open")),
     )
@@ -174,13 +172,8 @@ def _cut_what_was_lost(
             newest = marks.get(kept[-1].attempt, [])
             point = {"attempt": kept[-1].attempt, "global_step": newest[-1].step if newest else -1}
             _cut(kept, point, by_number, marks)
-        start, step = dict.fromkeys(MEASURED, 0), own.resumed_step
-        for back in record.get("rollbacks", ()):
-            stop = to_micro(back["buckets"])
-            kept.append(_Segment(own.attempt, start, stop, step, int(back["from_step"])))
-            _cut(kept, back, by_number, marks)
-            start, step = stop, int(back["global_step"])
-        kept.append(_Segment(own.attempt, start, to_micro(record["buckets"]), step, own.global_step))
+        stop = to_micro(record["buckets"])
+        kept.append(_Segment(own.attempt, dict.fromkeys(MEASURED, 0), stop, own.resumed_step, own.global_step))
 
 
 def _cut(

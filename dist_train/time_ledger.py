@@ -88,7 +88,6 @@ class TimeLedger:
         self._attempt = 0
         self._record: dict[str, Json] = {}
         self._marks: list[dict[str, Json]] = []
-        self._rollbacks: list[dict[str, Json]] = []
         self._committed_step = -1
         self._first_step: float | None = None
         self._stops: list[Callable[[], None]] = []
@@ -151,16 +150,6 @@ class TimeLedger:
                 return buckets
         return None
 
-    def rolled_back(self, attempt: int | None, global_step: int) -> None:
-        """The live state is that of an earlier checkpoint again: what was done after it is lost.
-
-        Args:
-            attempt: that has made the checkpoint, as its manifest says.
-            global_step: of the checkpoint.
-        """
-        point = {"attempt": attempt, "global_step": global_step, "from_step": phases.global_step()}
-        self._rollbacks.append({**point, "buckets": self._told_buckets()})
-
     # Inside
 
     def _hear(self, before: Phase, now: Phase) -> None:
@@ -194,7 +183,6 @@ class TimeLedger:
             "committed_step": self._committed_step,
             "first_step": self._first_step,
             "marks": list(self._marks),
-            "rollbacks": list(self._rollbacks),
         }
 
     def _told_buckets(self) -> dict[str, float]:

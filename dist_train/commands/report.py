@@ -65,7 +65,7 @@ def describe(store: Store, events: Events, run: RunTime) -> dict[str, Json]:
         "shares": {name: seconds / total if total else 0.0 for name, seconds in buckets.items()},
         "global_step": rows[-1]["global_step"],
         "lost_steps": sum(row["lost_steps"] for row in rows),
-        "rollbacks": sum(row["rollbacks"] for row in rows),
+        "rollbacks": sum(row["end"] == "rolled_back" for row in rows),
         "restarts": [_restart(before, after) for before, after in pairwise(rows)],
         "saves": _saves(events, buckets["save_stall"]),
         "attempts": rows,
@@ -83,7 +83,6 @@ def _attempt(one: AttemptTime, end: dict[str, Json]) -> dict[str, Json]:
         "resumed_step": one.resumed_step,
         "global_step": one.global_step,
         "lost_steps": one.lost_steps,
-        "rollbacks": one.rollbacks,
         "seconds_to_first_step": None if one.first_step is None else one.first_step / MICRO,
         **end,
     }

@@ -163,7 +163,7 @@ def _lost(facts: Facts) -> str:
     seconds, steps = facts["buckets"]["lost"], facts["lost_steps"]
     if not seconds and not steps:
         return "nothing had to be done again"
-    often = len(facts["restarts"]) + facts["rollbacks"]
+    often = len(facts["restarts"])
     each = f", {steps / often:.1f} steps a time" if often > 1 else ""
     rolled = f", {counted(facts['rollbacks'], 'roll-back')} among them" if facts["rollbacks"] else ""
     return f"{counted(steps, 'step')} had to be done again ({time_text(seconds)}{each}{rolled})"

@@ -22,6 +22,7 @@ from dist_train.history import read_metrics
 from dist_train.ledger import SkipLedger, Skipped
 from dist_train.options import RunOptions
 from dist_train.run import Run
+from dist_train.time_ledger import read_time
 from tests.support.bad_batches import BadRun
 from tests.support.small_run import Numbered, SmallRun, events_of, manifests_of, status_of
 
@@ -96,6 +97,9 @@ def test_a_roll_back_ends_as_a_run_that_never_saw_those_samples(clean: SmallRun,
     assert [one["reason"] for one in events_of(small.run_dir, "stopped")] == ["rolled_back", "done"]
     (skipped,) = events_of(small.run_dir, "skipped_window")
     assert (skipped["epoch"], skipped["first"], skipped["last"]) == (1, 8, 11)
+    time = read_time(Store(small.run_dir))
+    assert time is not None
+    assert [one.lost_steps for one in time.attempts] == [3, 0]
 
 
 def test_each_sample_is_used_once_an_epoch_but_those_of_the_ledger(clean: SmallRun, tmp_path: Path) -> None:

@@ -290,23 +290,6 @@ def test_a_branch_loses_only_what_no_checkpoint_holds(store: Store) -> None:
     assert [one.lost_steps for one in time_of(store).attempts] == [2, 0]
 
 
-def test_a_rollback_in_the_same_process_is_lost_work(store: Store) -> None:
-    clock = Clock()
-    ledger = ledger_of(store, clock)
-    ledger.enter()
-    ledger.open(1, FRESH)
-    train(clock, 4)
-    save(clock)
-    train(clock, 3)
-    ledger.rolled_back(1, 4)
-    phases.tell_step(4)
-    train(clock, 2)
-    ledger.close(1)
-    run = time_of(store)
-    assert (run.attempts[0].lost_steps, run.attempts[0].rollbacks) == (3, 1)
-    assert run.buckets["productive"] / MICRO == pytest.approx(6.0)
-
-
 def test_an_attempt_killed_before_it_restored_cuts_nothing(store: Store) -> None:
     clock = Clock()
     killed(store, clock, 1, FRESH, steps=3, saves={2})
