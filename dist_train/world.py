@@ -329,6 +329,7 @@ def init_distributed(timeout_seconds: float = CONTROL_TIMEOUT_SECONDS) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or world_size < 2 or "RANK" not in os.environ:
         return
+    launched.note(begun=False)  # who waits in here for a dead rank has nothing to save
     with phases.within(Phase.RENDEZVOUS):
         _make_group(world_size, timeout_seconds)
     _group_is_ours = True
