@@ -249,7 +249,7 @@ class Agent(SimpleElasticAgent):
         return why
 
     def _has_failure(self) -> bool:
-        return bool(self._report(frozenset(), frozenset())["causes"])
+        return bool(self._workers.exits) and bool(self._report(frozenset(), frozenset())["causes"])
 
     def _has_stopped(self) -> bool:
         """Whether a worker does nothing any more though it lives; the others would wait for it in a collective."""

@@ -4,10 +4,9 @@
               ... the worker ends ...           -> {"ended": 4711, "code": -9, "members": [4711, 4720]}
     the launcher's end of the socket closes     -> SIGTERM to all workers, after a grace SIGKILL, and the server ends
 
-Invariant: no thread and no CUDA context exists when it forks; where an import made one, workers become fresh
-interpreters instead. Of a worker that did not end well nothing
-of its process group is left when its end is told. It knows
-nothing of ranks and attempts.
+Invariant: no CUDA context exists when it forks; where an import made one, workers become fresh interpreters instead. It
+has no thread but those of OpenBLAS, which sends them home around a fork. Of a worker that did not end well nothing of
+its process group is left when its end is told. It knows nothing of ranks and attempts.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def _add(plan: FaultPlan, kind: str, step: int, course: Course) -> None:
     elif kind == "terminate":
         plan.terminate("all", at_step=step)
     elif kind == "full disk":
-        plan.fail_io(errno.ENOSPC, kind="write", path=_SHARDS, at_step=_before_a_save(step, course), times=3)
+        plan.fail_io(errno.ENOSPC, kind="write", path=_SHARDS, at_step=_before_a_save(step, course), times=2)
     elif kind == "stop":
         plan.stop("random", at_step=step)
     else:

@@ -158,6 +158,20 @@ def test_a_worker_sees_what_a_fresh_interpreter_shows(tmp_path: Path) -> None:
     assert wanted <= set(first["environment"])
 
 
+@pytest.mark.slow
+def test_the_process_that_forks_the_workers_may_be_killed(twin: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with Background(launch_specimen(2, run_dir, "--pause", "0.05"), tmp_path / "log") as running:
+        running.wait_until(lambda: len(list(run_dir.glob("checkpoints/step-*"))) > 1, "two checkpoints")
+        (server,) = psutil.Process(running.pid).children()
+        server.kill()
+        outcome = running.wait(SECONDS).require_success()
+    assert "the process that forks the workers has died" in outcome.output
+    assert len(attempts_of(outcome)) == 2
+    assert_same_run(run_dir, twin)
+    nothing_is_left(outcome, run_dir)
+
+
 def test_nothing_outlives_a_launcher_that_was_killed(tmp_path: Path) -> None:
     command = [*LAUNCH, "--nproc-per-node", "2", UNRULY, "late"]
     with Background(command, tmp_path / "log") as running:

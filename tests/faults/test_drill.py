@@ -64,7 +64,12 @@ def test_a_sound_script_passes_and_its_directory_is_untouched(folder: Path) -> N
     [
         ("unseeded_augmentation.py", "augmentation", "use the same samples, but other bytes of them at step 1"),
         ("outside_state.py", "state outside the checkpoint", "before it: running_mean was"),
-        ("plain_shuffle.py", "data order", "a DataLoader with a RandomSampler that the Run was not given"),
+        pytest.param(
+            "plain_shuffle.py",
+            "data order",
+            "a DataLoader with a RandomSampler that the Run was not given",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_broken_script_fails_with_what_is_wrong_with_it(folder: Path, script: str, cause: str, words: str) -> None:

@@ -88,6 +88,7 @@ def test_a_stopped_process_stands_still_and_its_run_goes_on_afterwards(tmp_path:
     assert_same_run(twin, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_ranks_meet_one_kill_under_torchrun(tmp_path: Path) -> None:
     plan = FaultPlan(tmp_path / "faults").kill("all", at_phase=Phase.CAPTURE, at_step=5)
