@@ -7,6 +7,7 @@ global batch and the learning rates as they are: each sample is used once an epo
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ import pytest
 from dist_train.checkpoint.store import Store
 from dist_train.history import read_metrics
 from tests.support.background import Background
-from tests.support.hosts import Host, Network, why_not
+from tests.support.hosts import Host, Network, namespaces, why_not
 from tests.support.launch import ROOT, run_command
 from tests.support.specimen import NUM_SAMPLES
 from tests.support.twins import consumed_samples
@@ -388,3 +389,23 @@ def workers_of(host: Host) -> list[int]:
     commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in host.pids()}
     said = {pid: path.read_text().split("\0") for pid, path in commands.items() if path.exists()}
     return [pid for pid, words in said.items() if SPECIMEN in words and "torch.distributed.run" not in words]
+
+
+HOLDS_A_NETWORK = """
+import sys, time, pathlib
+from tests.support.hosts import Network
+with Network(1, pathlib.Path(sys.argv[1])):
+    pathlib.Path(sys.argv[1], "up").touch()
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_test_left_of_its_hosts_is_removed_by_the_next(tmp_path: Path) -> None:
+    with Background([sys.executable, "-c", HOLDS_A_NETWORK, str(tmp_path)], tmp_path / "log") as owner:
+        owner.wait_until((tmp_path / "up").exists, "its network", 30)
+        names = [name for name in namespaces() if name.startswith(f"dtn{owner.pid}n")]
+        assert len(names) == 2  # the host and the switch
+        owner.send(signal.SIGKILL)
+        owner.wait(20)
+    with Network(1, tmp_path):
+        assert not set(names) & set(namespaces())

@@ -187,12 +187,12 @@ class Network:
     def close(self) -> None:
         for host in self.hosts:
             host.kill()
-        _remove(name for name in _namespaces() if name.startswith(self._base))
+        _remove(name for name in namespaces() if name.startswith(self._base))
 
 
 def remove_leftovers() -> None:
     """Of tests that were killed."""
-    for name in _namespaces():
+    for name in namespaces():
         owner = re.match(rf"{_PREFIX}(\d+)\D", name)
         if owner and not Path(f"/proc/{owner[1]}").exists():
             _remove([name])
@@ -206,7 +206,8 @@ def _remove(names: Iterable[str]) -> None:
         _ip("netns", "del", name)
 
 
-def _namespaces() -> list[str]:
+def namespaces() -> list[str]:
+    """Names of all that there are on this machine."""
     return [line.split()[0] for line in _ip("netns", "list").splitlines() if line]
 
 
