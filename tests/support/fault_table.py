@@ -1,6 +1,7 @@
 """Every fault at every phase of a run under `dist-train launch`: what is tried, what must come of it, and the table.
 
-    python -m tests.support.fault_table docs/fault-table.md     tries all (about an hour) and writes the page
+    python -m tests.support.fault_table docs/fault-table.md LOG     tries all (half an hour) and writes the page; what
+                                                                    the log holds already is not tried again
 
 A cell is one fault at one phase. The run is launched with that fault planned; where it may end before its end (a
 signal that asks it to, an error before the run was entered) the same command is given once more. Whatever happened, the
@@ -14,7 +15,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from dist_train.errors import ExitCode
 from tests.support.launch import ROOT, Outcome, run_command
 from tests.support.twins import assert_same_run
 
+WORLD_SIZES = (2, 4)
 EPOCHS = 3
 LAST_STEP = 21
 """Seven updates an epoch."""
@@ -68,7 +70,7 @@ INTRODUCTION = """\
 # Fault by phase
 
 What comes of each fault at each phase of a run under `dist-train launch`, as it was tried. Written by
-`python -m tests.support.fault_table docs/fault-table.md`, which runs every cell; so does `scripts/check.sh --all`, and
+`python -m tests.support.fault_table docs/fault-table.md LOG`, which runs every cell; so does `scripts/check.sh --all`, and
 `scripts/check.sh` runs a sample. Whatever a cell says, the finished run equalled the one that met no fault bit for bit:
 weights, buffers, optimizer, scheduler, random generators and the history of metrics.
 
@@ -123,7 +125,7 @@ class Result:
 def all_cells() -> list[Cell]:
     return [
         Cell(fault, phase, world_size)
-        for world_size in (2, 4)
+        for world_size in WORLD_SIZES
         for fault in FAULTS
         for phase in PHASES
         if not (fault == "worker" and phase in NO_WORKERS)
@@ -223,39 +225,39 @@ def _newest_step(run_dir: Path) -> int:
     return max((one["progress"]["global_step"] for one in manifests), default=-1)
 
 
-def page(results: Sequence[Result]) -> str:
-    """docs/fault-table.md."""
+def page(told: Mapping[str, str]) -> str:
+    """docs/fault-table.md, from what came of each cell, by its id."""
     lines = [*INTRODUCTION]
-    for world_size in sorted({result.cell.world_size for result in results}):
-        of_size = {(one.cell.fault, one.cell.phase): one for one in results if one.cell.world_size == world_size}
-        lines += [
-            "",
-            f"## {world_size} ranks",
-            "",
-            "| phase | " + " | ".join(name for name, _ in FAULTS.values()) + " |",
-        ]
+    for world_size in WORLD_SIZES:
+        names = [name for name, _ in FAULTS.values()]
+        lines += ["", f"## {world_size} ranks", "", f"| phase | {' | '.join(names)} |"]
         lines += ["|---" * (len(FAULTS) + 1) + "|"]
         for phase, (name, _) in PHASES.items():
-            cells = [of_size.get((fault, phase)) for fault in FAULTS]
-            lines.append(f"| {name} | " + " | ".join("-" if one is None else one.text for one in cells) + " |")
+            cells = [told.get(Cell(fault, phase, world_size).id, "-") for fault in FAULTS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """All cells, those that fail told and left out; the page is written only when there are none."""
-    results, failed, cells = [], 0, all_cells()
-    for number, cell in enumerate(cells, 1):
+    """All cells that the log does not hold yet; those that fail are told and left out, and there is no page then."""
+    target, log = Path(sys.argv[1]), Path(sys.argv[2])
+    lines = log.read_text().splitlines() if log.exists() else []
+    told = dict(line.split(": ", 1) for line in lines)
+    cells = all_cells()
+    for cell in [cell for cell in cells if cell.id not in told]:
         with tempfile.TemporaryDirectory(prefix="fault-table-") as folder:
             try:
-                results.append(try_cell(cell, Path(folder)))
-                told = results[-1].text
+                told[cell.id] = try_cell(cell, Path(folder)).text
             except AssertionError as error:
-                failed += 1
-                told = f"FAILED: {error}"
-        print(f"{number}/{len(cells)} {cell.id}: {told}", flush=True)
-    if not failed:
-        Path(sys.argv[1]).write_text(page(results))
-    return 1 if failed else 0
+                print(f"{cell.id} FAILED: {error}", flush=True)
+                continue
+        with log.open("a") as file:
+            file.write(f"{cell.id}: {told[cell.id]}\n")
+        print(f"{len(told)}/{len(cells)} {cell.id}: {told[cell.id]}", flush=True)
+    if len(told) < len(cells):
+        return 1
+    target.write_text(page(told))
+    return 0
 
 
 if __name__ == "__main__":
