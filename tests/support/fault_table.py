@@ -71,8 +71,8 @@ INTRODUCTION = """\
 
 What comes of each fault at each phase of a run under `dist-train launch`, as it was tried. This page is written by
 `python -m tests.support.fault_table docs/fault-table.md LOG`, which runs every cell; so does `scripts/check.sh --all`,
-and `scripts/check.sh` runs a sample. Whatever a cell says, the finished run equalled the one that met no fault bit for bit:
-weights, buffers, optimizer, scheduler, random generators and the history of metrics.
+and `scripts/check.sh` runs a sample. Whatever a cell says, the finished run equalled the one that met no fault, bit for
+bit: weights, buffers, optimizer, scheduler, random generators and the history of metrics.
 
 *n attempts*: the launcher started the workers again by itself. *stops*: the launch ended, with that status and newest
 checkpoint, and the same command went on. Committing and retention are the main rank's: there the fault comes while the
