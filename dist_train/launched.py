@@ -72,6 +72,12 @@ def note(**fields: Json) -> None:
         draft.replace(path)
 
 
+def forget_end() -> None:
+    """A further run begins in this process: how the former one ended is no end of it."""
+    for name in ("outcome", "error", "save_seconds"):
+        _noted.pop(name, None)
+
+
 def note_progress(global_step: int, committed_step: int) -> None:
     """Where the run stands: told at once when something was committed, else now and then."""
     global _progress_at

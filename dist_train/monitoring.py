@@ -86,6 +86,7 @@ class Monitoring:
         if self._watchdog is not None:
             self._watchdog.loop_begins(global_step)
         phases.switch(Phase.OTHER)
+        launched.forget_end()
         launched.note(
             begun=True, run_dir=run_dir, attempt=attempt, global_step=global_step, committed_step=committed_step
         )

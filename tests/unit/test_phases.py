@@ -68,6 +68,24 @@ def test_a_worker_s_notes_reach_its_launcher(tmp_path: Path, monkeypatch: pytest
     assert json.loads((tmp_path / "rank-3.json").read_text())["error"]["secondary"]
 
 
+def test_a_further_run_in_a_process_is_not_ended_by_the_former_one_s_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launched.LAUNCH_DIR, str(tmp_path / "notes"))
+    monkeypatch.setattr(launched, "_noted", {})
+    (tmp_path / "notes").mkdir()
+    seen: list[dict[str, object]] = []
+    SmallRun(run_dir=tmp_path / "first", epochs=1).train()
+    assert launched.read_notes(tmp_path / "notes")[0]["outcome"] == "done"
+
+    def look(run: object) -> None:
+        seen.append(launched.read_notes(tmp_path / "notes")[0])
+
+    SmallRun(run_dir=tmp_path / "second", epochs=1, at_epoch=look).train()
+    assert "outcome" not in seen[0]
+    assert str(seen[0]["run_dir"]).endswith("second")
+
+
 def test_nothing_is_noted_where_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(launched.LAUNCH_DIR, raising=False)
     monkeypatch.chdir(tmp_path)
