@@ -138,6 +138,10 @@ class ResumableSampler(Sampler[list[SampleKey]]):
             for batch in batches:
                 yield [next(keys) for _ in range(batch.start, batch.stop)]
 
+    def indices(self, epoch: int, first: int, stop: int) -> list[int]:
+        """Dataset indices of the samples at the places `first` to before `stop` of an epoch's order."""
+        return [key.index for key in self._keys_of(epoch)(np.arange(first, stop))]
+
     def _keys_of(self, epoch: int) -> Callable[[Positions], Iterator[SampleKey]]:
         """The epoch's samples, by positions of its order."""
         if self._given is None:

@@ -162,6 +162,13 @@ class Intake:
         """Whether the training loader gives batches again that it gave before."""
         return self.loader is not None and (self._user is None or self._user.way != "restart")
 
+    def indices_of(self, window: Window) -> list[int]:
+        """Dataset indices of a window's samples; empty where only the user's loader knows them."""
+        sampler = training_sampler(self.loader)
+        if sampler is None or window.unit != "samples":
+            return []
+        return sampler.indices(window.epoch, window.first, window.last + 1)
+
     @property
     def _unit(self) -> Unit:
         return "samples" if self._user is None else "batches"

@@ -158,11 +158,11 @@ class Recovery:
         elif action == "roll_back":
             self._roll_back(bad)
         else:
-            self._diverge(f"{_what(bad)}{_where(bad.window)}; {_ADVICE}")
+            self._diverge(f"{_what(bad)}{self._where(bad.window)}; {_ADVICE}")
 
     def _roll_back(self, bad: BadUpdate[Window | None]) -> None:
         """Decides, and records it durably; or the run has diverged."""
-        what, window = f"{_what(bad)}{_where(bad.window)}", bad.window
+        what, window = f"{_what(bad)}{self._where(bad.window)}", bad.window
         if window is None or not self._intake.can_go_back:
             again = "a roll-back needs a training loader that can be gone through again, given to the Run as loader="
             self._diverge(f"{what}; {again}")
@@ -170,9 +170,7 @@ class Recovery:
         if len(self._ledger) >= self._policy.max_roll_backs:
             before = ", ".join(f"at step {one.global_step} ({one})" for one in self._ledger.entries)
             most = f"max_roll_backs={self._policy.max_roll_backs} times before, {before}"
-            self._diverge(
-                f"{what}, and the run has gone back {most}. It is hardly the samples: look at the learning rate"
-            )
+            self._diverge(f"{what}, and the run has gone back {most}. {self._suspect(window)}")
             return
         self._boundary.wait_for_save()
         proved = max(window.global_step - 1 - self._policy.clean_steps, self._ledger.proved_step)
@@ -191,6 +189,24 @@ class Recovery:
         path, step = decided
         self.is_rolling_back = self._boundary.saves_are_over = True
         self._reporter.rolls_back(path, what, {**place, "kind": bad.kind, "back_to": step})
+
+    def _suspect(self, window: Window) -> str:
+        """What the windows that were bad have in common."""
+        windows = [window, *self._ledger.entries]
+        common = set.intersection(*(set(self._intake.indices_of(one)) for one in windows))
+        if len(windows) > 1 and common:
+            shared = ", ".join(map(str, sorted(common)[:_MOST_NAMES]))
+            return f"All of those hold dataset index {shared}: look at it, and leave it out or use not_finite='skip'"
+        return "They have no sample in common: look at the learning rate"
+
+    def _where(self, window: Window | None) -> str:
+        """The window, and which samples of the dataset that are."""
+        if window is None:
+            return ""
+        indices = self._intake.indices_of(window)
+        more = ", ..." if len(indices) > _MOST_INDICES else ""
+        known = f", dataset indices {', '.join(map(str, indices[:_MOST_INDICES]))}{more}" if indices else ""
+        return f" at step {window.global_step} ({window}{known})"
 
     def _count_skip(self, bad: BadUpdate[Window | None]) -> None:
         step = bad.window.global_step if bad.window is not None else self._step
@@ -213,10 +229,12 @@ class Recovery:
         where: dict[str, Json] = {}
         if (window := bad.window) is not None:
             where = {"epoch": window.epoch, "first": window.first, "last": window.last, "unit": window.unit}
+            where |= {"indices": indices} if (indices := self._intake.indices_of(window)) else {}
         step = bad.window.global_step if bad.window is not None else self._step
-        self._reporter.bad_update(bad.kind, step, f"{_what(bad)}{_where(bad.window)}", action, where)
+        self._reporter.bad_update(bad.kind, step, f"{_what(bad)}{self._where(bad.window)}", action, where)
 
 
+_MOST_INDICES = 16
 _ADVICE = (
     "the update was not made. Look at those samples, the learning rate and the loss; HealthPolicy(not_finite='skip') "
     "leaves such updates out, 'roll_back' goes back to a good checkpoint and on without those samples"
@@ -227,7 +245,3 @@ def _what(bad: BadUpdate[Any]) -> str:
     if bad.kind == "not_finite":
         return "the gradient was not finite"
     return f"the gradient's norm was {bad.norm:.4g}, above the limit of {bad.limit:.4g}"
-
-
-def _where(window: Window | None) -> str:
-    return "" if window is None else f" at step {window.global_step} ({window})"

@@ -144,7 +144,7 @@ class GradientGuard(Generic[Window]):
 
     def _judge(self, window: Window, reading: _Reading) -> BadUpdate[Window] | None:
         norm, left_out = reading.values.read()
-        self._norms[reading.optimizer].append(math.nan if left_out else norm)
+        self._norms[reading.optimizer].append(math.nan if left_out else min(norm, reading.limit))
         self._read[reading.optimizer] += 1
         if left_out or (math.isfinite(norm) and norm <= reading.limit):
             return None

@@ -17,8 +17,9 @@ def spike_limit(norms: Sequence[float], *, sigma: float, window: int) -> float:
     """The norm above which the next update's is a spike; infinite as long as too few are known.
 
     Args:
-        norms: of the updates before, oldest first. Those that are not finite tell nothing. A spike counts like any
-            other: where the usual has changed for good, the limit follows it.
+        norms: of the updates before, oldest first. Those that are not finite tell nothing. A spike is to be given as
+            the limit that it broke: it hides no other spike, and where the usual has changed for good the limit
+            follows it, slowly.
     """
     known = [norm for norm in norms[-window:] if math.isfinite(norm)]
     if len(known) < window // 2:

@@ -43,7 +43,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
     assert [one["progress"]["global_step"] for one in manifests_of(small.run_dir)] == [5]
     status = status_of(small.run_dir)
     assert (status["status"], status["exit_code"]) == ("diverged", 93)
-    assert "the gradient was not finite at step 8 (samples 9 to 12 of epoch 2)" in status["error"]
+    assert "the gradient was not finite at step 8 (samples 9 to 12 of epoch 2, dataset indices " in status["error"]
     (event,) = bad_updates_of(small.run_dir)
     assert (event["global_step"], event["first"], event["last"], event["action"]) == (BAD_UPDATE, 8, 11, "stop")
 
@@ -368,3 +368,12 @@ def test_a_step_with_a_closure_makes_its_gradients_itself_and_is_not_judged() ->
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         HealthPolicy(**settings)
+
+
+def test_a_spike_that_was_left_out_does_not_hide_the_next_one() -> None:
+    norms = [1.0 + 0.1 * (step % 3) for step in range(64)]
+    for _ in range(6):
+        limit = spike_limit(norms, sigma=6, window=128)
+        assert limit < 10
+        norms.append(min(1e6, limit))
+    assert spike_limit(norms, sigma=6, window=128) > spike_limit(norms[:64], sigma=6, window=128)

@@ -241,7 +241,10 @@ def test_the_run_has_diverged_after_so_many_roll_backs(clean: SmallRun, tmp_path
     run = small.train()
     assert run.reason is StopReason.DIVERGED
     told = status_of(small.run_dir)["error"]
-    assert "at step 12 (samples 9 to 12 of epoch 3)" in told
+    indices = clean.used[BAD_WINDOWS[1]][1]
+    assert f"at step 12 (samples 9 to 12 of epoch 3, dataset indices {', '.join(map(str, indices))})" in told
+    (common,) = set(indices) & set(clean.used[BAD_WINDOWS[0]][1])
+    assert f"All of those hold dataset index {common}: look at it" in told
     assert "gone back max_roll_backs=1 times before, at step 8 (samples 9 to 12 of epoch 2)" in told
 
 
