@@ -154,6 +154,7 @@ class Agent(SimpleElasticAgent):
         )
         run_dirs = [one["run_dir"] for one in reports if one["run_dir"]]
         conclusion.run_dir = run_dirs[0] if run_dirs else conclusion.run_dir
+        conclusion.outcome = next((one["outcome"] for one in reports if one["outcome"]), None)
 
     # Before an attempt
 

@@ -51,6 +51,7 @@ def report_of_node(
         "committed_step": max(_told(notes, "committed_step"), default=None),
         "step": step,
         "run_dir": next(iter(_told(notes, "run_dir")), None),
+        "outcome": next(iter(_told(notes, "outcome")), None),
         "causes": causes,
     }
 

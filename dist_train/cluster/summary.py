@@ -15,6 +15,7 @@ from dist_train.errors import ExitCode
 
 Json = Any
 NODES_CHANGED = "nodes came or left"
+_GOES_ON = ("preempted", "time_limit", "interrupted")
 _SAID: dict[int, str] = {
     ExitCode.OK: "ended well",
     ExitCode.REQUEUE: "stopped, to be continued by the same command",
@@ -51,6 +52,8 @@ class Conclusion:
     why: str = ""
     attempts: list[Attempt] = field(default_factory=list)
     run_dir: str | None = None
+    outcome: str | None = None
+    """Why the run of the last attempt ended, as `StopReason` has it; None where no worker said it."""
     seconds: float = 0.0
 
     @property
@@ -67,6 +70,8 @@ def summary_lines(conclusion: Conclusion, goodput: float | None = None) -> list[
     """
     count = len(conclusion.attempts)
     end = _SAID.get(conclusion.exit_code, f"ended with exit code {conclusion.exit_code}")
+    if conclusion.exit_code == ExitCode.OK and conclusion.outcome in _GOES_ON:
+        end = f"saved and stopped ({conclusion.outcome}), the same command goes on,"
     known = f", goodput of the run {goodput:.0%}" if goodput is not None else ""
     lost = f", {_counted(conclusion.lost_steps, 'step')} done again or lost" if conclusion.lost_steps else ""
     head = f"{end} after {_counted(count, 'attempt')} in {seconds_text(conclusion.seconds)}{lost}{known}"

@@ -13,9 +13,9 @@ from dist_train.checkpoint.store import Store
 from dist_train.cluster.launch import GIVE_UP_AFTER, MAX_RESTARTS, MONITOR_SECONDS, LaunchOptions, launch
 from dist_train.cluster.summary import summary_json, summary_lines
 from dist_train.cluster.worker import Program
-from dist_train.commands.command import AddCommand
+from dist_train.commands.command import AddCommand, refuse
 from dist_train.console import finite, print_text
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, ExitCode
 from dist_train.time_ledger import read_time
 
 
@@ -72,7 +72,11 @@ def _add(group: Any, name: str, **settings: Any) -> None:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    conclusion = launch(_options(args), _say)
+    try:
+        conclusion = launch(_options(args), _say)
+    except ConfigError as error:
+        refuse(str(error))
+        return ExitCode.USAGE
     for line in summary_lines(conclusion, _goodput(conclusion.run_dir)):
         _say(line) if not line.startswith(" ") else print_text(line, error=True)
     if args.json:

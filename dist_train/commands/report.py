@@ -65,6 +65,7 @@ def describe(store: Store, events: Events, run: RunTime) -> dict[str, Json]:
         "shares": {name: seconds / total if total else 0.0 for name, seconds in buckets.items()},
         "global_step": rows[-1]["global_step"],
         "lost_steps": sum(row["lost_steps"] for row in rows),
+        "unsaved_steps": _unsaved(events, rows[-1]),
         "rollbacks": sum(row["end"] == "rolled_back" for row in rows),
         "restarts": [_restart(before, after) for before, after in pairwise(rows)],
         "saves": _saves(events, buckets["save_stall"]),
@@ -124,6 +125,13 @@ def _restart(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str,
         "down_seconds": after["buckets"]["down"],
         "seconds_to_first_step": None if first is None else after["buckets"]["down"] + first,
     }
+
+
+def _unsaved(events: Events, last: Mapping[str, Json]) -> int:
+    """Steps of the newest attempt that no checkpoint holds, as far as is known: another start would do them again."""
+    own = [one for one in events if one.get("event") == "committed" and one["attempt"] == last["attempt"]]
+    newest = own[-1]["global_step"] if own else last["resumed_step"] or 0
+    return max(int(last["global_step"]) - int(newest), 0)
 
 
 def _saves(events: Events, stall: float) -> dict[str, Json]:

@@ -161,12 +161,15 @@ def _back_at_work(restarts: Sequence[Facts]) -> str:
 
 def _lost(facts: Facts) -> str:
     seconds, steps = facts["buckets"]["lost"], facts["lost_steps"]
-    if not seconds and not steps:
-        return "nothing had to be done again"
+    unsaved = facts["unsaved_steps"]
+    later = f"{counted(unsaved, 'step')} are in no checkpoint: another start would do them again" if unsaved else ""
+    if not steps:
+        return later or "nothing had to be done again"
     often = len(facts["restarts"])
     each = f", {steps / often:.1f} steps a time" if often > 1 else ""
     rolled = f", {counted(facts['rollbacks'], 'roll-back')} among them" if facts["rollbacks"] else ""
-    return f"{counted(steps, 'step')} had to be done again ({time_text(seconds)}{each}{rolled})"
+    again = f"{counted(steps, 'step')} had to be done again ({time_text(seconds)}{each}{rolled})"
+    return f"{again}; {later}" if later else again
 
 
 def _saves(saves: Facts, total: float) -> str:

@@ -262,7 +262,7 @@ class Watchdog:
         self._has_warned, self._next_warning = True, 2 * seconds
         self._leave_stacks(verdict, seconds, deadline)
         advice = "Nobody would restart this process, so it is left as it is. To give up, interrupt it (Ctrl-C) and run "
-        advice += "the same again: it goes on from the newest checkpoint."
+        advice += "the same again: it goes on from the newest checkpoint. What hangs may need it a second time."
         _say(f"{self._paragraph(verdict)} {advice}")
         self._tell(verdict)
 

@@ -201,9 +201,9 @@ def test_options_that_cannot_be_are_refused_in_words(
 
 
 def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["launch", str(tmp_path / "none.py")]) == 1
+    assert main(["launch", str(tmp_path / "none.py")]) == 2
     assert "none.py is not there: give the path of a script" in capsys.readouterr().err
-    assert main(["launch", "--rdzv-conf", "last_call_timeout", __file__]) == 1
+    assert main(["launch", "--rdzv-conf", "last_call_timeout", __file__]) == 2
     assert "give KEY=VALUE pairs" in capsys.readouterr().err
 
 
