@@ -153,6 +153,8 @@ class Injector:
         elif fault.kind == "kill_data_worker":
             os.kill(_data_workers()[0], signal.SIGKILL)
         elif fault.kind == "corrupt_newest":
+            if threading.current_thread() is threading.main_thread():
+                self.run._checkpointer.wait()  # a save in flight would be newer than the damaged one
             _flip_a_byte(_committed(self.run._store.root)[-1])
             signal_all(self._plan.folder, signal.SIGKILL)
 
@@ -183,7 +185,8 @@ def _data_workers() -> Sequence[int]:
     if torch_loaders is None:
         return []
     kind = torch_loaders._MultiProcessingDataLoaderIter
-    iterators = [one for one in gc.get_objects() if isinstance(one, kind)]
+    # Asking an object for its class wakes deprecated stand-ins of torch's; asking for its type does not.
+    iterators: list[Any] = [one for one in gc.get_objects() if issubclass(type(one), kind)]
     return [worker.pid for one in iterators for worker in getattr(one, "_workers", ()) if worker.is_alive()]
 
 

@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.errors import ConfigError
-from tests.support.fault_table import FAULTS, PHASES, Cell, all_cells, sample_cells, try_cell
-from tests.support.launch import ROOT
+from tests.support.fault_table import (
+    FAULTS,
+    PHASES,
+    Cell,
+    Result,
+    all_cells,
+    require_good_stop,
+    sample_cells,
+    try_cell,
+)
+from tests.support.launch import ROOT, Outcome
 
 SAMPLE = 20
 SEED = int(os.environ.get("DIST_TRAIN_FAULT_SEED", "1"))
@@ -47,6 +55,9 @@ def test_the_page_shows_every_cell() -> None:
     assert all(name in PAGE.read_text() for name, _ in FAULTS.values())
 
 
-def test_a_cell_that_stops_where_the_page_says_nothing_of_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at_phase"):
-        try_cell(Cell("kill-0", "no-such-phase", 2), tmp_path)
+def test_a_cell_that_stops_where_the_page_says_nothing_of_it_fails() -> None:
+    cell = Cell("kill-0", "mid-epoch", 2)
+    ended = Outcome(1, "the launch gave up")
+    result = Result(cell=cell, launches=1, attempts=1, first_exit=1, status="error", newest_step=9)
+    with pytest.raises(AssertionError, match="kill-0-at-mid-epoch-of-2 stopped"):
+        require_good_stop(cell, ended, result)

@@ -198,7 +198,8 @@ def larger_model() -> torch.nn.Module:
 def test_another_model_is_refused_with_what_differs_and_nothing_is_changed(damaged: Path) -> None:
     model = larger_model()
     values = {name: value.clone() for name, value in model.state_dict().items()}
-    kept = {name: digest for name, digest in contents(damaged).items() if "attempts" not in name}
+    kept = unaccounted(damaged)
+    told = (damaged / "run.jsonl").read_text()
     with pytest.raises(StateMismatchError, match="Nothing was changed") as caught:
         train_quietly(damaged, model=model)
     message = str(caught.value)
@@ -206,7 +207,16 @@ def test_another_model_is_refused_with_what_differs_and_nothing_is_changed(damag
     assert "model/6.weight is [1, 32] torch.float32 in the checkpoint and [3, 32] torch.float32 in the model" in message
     assert LAST in message
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
-    assert {name: digest for name, digest in contents(damaged).items() if "attempts" not in name} == kept
+    assert unaccounted(damaged) == kept
+    more = (damaged / "run.jsonl").read_text().removeprefix(told).splitlines()
+    assert [json.loads(line)["event"] for line in more] == ["time"]  # what the attempt cost
+
+
+def unaccounted(run_dir: Path) -> dict[str, str]:
+    """All but what every attempt leaves: its number, and its line in the account of time."""
+    return {
+        name: digest for name, digest in contents(run_dir).items() if not name.startswith(("attempts", "run.jsonl"))
+    }
 
 
 @pytest.mark.parametrize("lose", [leave_at(9), leave_at(11)], ids=["after-a-save", "between-saves"])
