@@ -81,6 +81,17 @@ def note_progress(global_step: int, committed_step: int) -> None:
         note(global_step=global_step, committed_step=committed_step)
 
 
+def note_run(run_dir: str, **fields: Json) -> None:
+    """A run is entered: the last of this process so far."""
+    note(begun=True, run_dir=run_dir, run_dirs=[*_noted.get("run_dirs", []), run_dir], rolled_back_to=None, **fields)
+
+
+def note_roll_back(step: int, **fields: Json) -> None:
+    """The run has gone back to the checkpoint of a step by itself: step numbers go down."""
+    former = _noted.get("rolled_back_to")
+    note(committed_step=step, rolled_back_to=step if former is None else min(step, former), **fields)
+
+
 def note_error(error: BaseException, *, secondary: bool = False) -> None:
     """Why this rank ends: whether it only lost the others, and whether another start could help."""
     note(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dist_train import launched
 from dist_train.cli import main
 from dist_train.cluster import grace as grace_module
 from dist_train.cluster import launch as launch_module
@@ -89,6 +90,22 @@ def test_a_node_that_left_is_no_failure_unless_somebody_else_failed_too() -> Non
     told = {"stop_asked": False}
     assert merge([{**lost, **told}], seconds=1.0, node_left=True).membership
     assert not merge([{**failed, **told}], seconds=1.0, node_left=True).membership
+
+
+def test_notes_tell_the_runs_that_were_entered_and_how_far_back_the_last_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launched.LAUNCH_DIR, str(tmp_path))
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setattr(launched, "_noted", {})
+    launched.note_run("a", global_step=0, committed_step=-1)
+    launched.note_roll_back(3, global_step=3)
+    launched.note_run("b", global_step=60, committed_step=60)
+    launched.note_roll_back(40, global_step=40)
+    launched.note_roll_back(50, global_step=50)
+    report = {**report_of_node(exits(-9), launched.read_notes(tmp_path), RANKS), "stop_asked": False}
+    ended = merge([report, {**report_of_node({}, {}, RANKS), "stop_asked": False}], seconds=1.0)
+    assert (ended.run_dirs, ended.rolled_back_to, ended.committed_step) == (["a", "b"], 40, 50)
 
 
 # Several nodes
