@@ -324,7 +324,7 @@ class Agent(SimpleElasticAgent):
     # After an attempt
 
     def _notes(self) -> dict[int, dict[str, Json]]:
-        return read_notes(self._folder.renew(self._attempt))
+        return read_notes(self._folder.of_attempt(self._attempt))
 
     def _report(self, stopped: Set[int], ended_by_us: Set[int]) -> dict[str, Json]:
         report = report_of_node(

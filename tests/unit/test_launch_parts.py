@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -297,6 +298,20 @@ def test_the_folders_of_dead_launches_are_removed(tmp_path: Path, monkeypatch: p
     assert folder.renew(3).is_dir()
     folder.remove()
     assert not folder.path.exists()
+
+
+def test_a_full_disk_costs_the_notes_of_an_attempt_and_not_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = Folder()
+    former = folder.renew(1)
+    monkeypatch.setattr(Path, "mkdir", is_full)
+    assert launched.read_notes(folder.renew(2)) == {}
+    assert not former.exists()
 
 
 def conclude(*attempts: Attempt, **more: Any) -> Conclusion:
