@@ -22,6 +22,8 @@ from dist_train.errors import EXIT_CODES, ExitCode, StopReason
 Json = Any
 LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
 """Environment variable: folder for the notes of the worker group's present life; set by `dist-train launch`."""
+WORKER_PID = "DIST_TRAIN_WORKER_PID"
+"""Environment variable: the worker itself. What a worker starts inherits all variables and is no worker."""
 
 PROGRESS_SECONDS = 0.25
 """Between notes of steps that committed nothing."""
@@ -33,6 +35,12 @@ _progress_at = 0.0
 def by_dist_train() -> bool:
     """Whether `dist-train launch` started this process: it reads exit codes by their meaning."""
     return LAUNCH_DIR in os.environ
+
+
+def is_worker() -> bool:
+    """Whether this process is the worker that its environment speaks of, and not one that a worker has started."""
+    here = str(os.getpid())
+    return os.environ.get(WORKER_PID, here) == here
 
 
 def by_elastic() -> bool:
@@ -60,7 +68,7 @@ def exit_code(reason: StopReason, *, requeue: bool = False) -> int:
 def note(**fields: Json) -> None:
     """Adds to this rank's note: begun, run_dir, attempt, global_step, committed_step, save_seconds, outcome, error."""
     folder = os.environ.get(LAUNCH_DIR)
-    if folder is None or all(_noted.get(key) == value for key, value in fields.items()):
+    if folder is None or not is_worker() or all(_noted.get(key) == value for key, value in fields.items()):
         return
     _noted.update(fields)
     rank = os.environ.get("RANK", "0")

@@ -324,7 +324,10 @@ class Agent(SimpleElasticAgent):
     # After an attempt
 
     def _notes(self) -> dict[int, dict[str, Json]]:
-        return read_notes(self._folder.of_attempt(self._attempt))
+        """Of this node's workers; who else writes there is not heard."""
+        pids = {*self._workers.pids.values(), *(one.pid for one in self._workers.exits.values())}
+        notes = read_notes(self._folder.of_attempt(self._attempt))
+        return {rank: note for rank, note in notes.items() if note.get("pid") in pids}
 
     def _report(self, stopped: Set[int], ended_by_us: Set[int]) -> dict[str, Json]:
         report = report_of_node(
