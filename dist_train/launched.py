@@ -80,13 +80,17 @@ def note(**fields: Json) -> None:
         draft.replace(path)
 
 
-def note_progress(global_step: int, committed_step: int) -> None:
-    """Where the run stands: told at once when something was committed, else now and then."""
+def note_progress(global_step: int, committed_step: int, longest_seconds: float = 0.0) -> None:
+    """Where the run stands: told at once when something was committed, else now and then.
+
+    Args:
+        longest_seconds: how long it may take until this rank can leave: its slowest step, or evaluation.
+    """
     global _progress_at
     now = time.monotonic()
     if committed_step != _noted.get("committed_step") or now - _progress_at >= PROGRESS_SECONDS:
         _progress_at = now
-        note(global_step=global_step, committed_step=committed_step)
+        note(global_step=global_step, committed_step=committed_step, longest_seconds=longest_seconds)
 
 
 def note_run(run_dir: str, **fields: Json) -> None:
