@@ -276,7 +276,7 @@ class Boundary:
             self._settle(Signals(agreed.signal).name)
         self.stop = self.stop or agreed.stop
         self._committed_step = agreed.committed_step
-        launched.note_progress(self._step, self.committed_step)
+        launched.note_progress(self._step, self.committed_step, self._deadline.longest_seconds)
         return agreed
 
     def _time_is_up(self) -> bool:

@@ -22,6 +22,8 @@ from dist_train.errors import EXIT_CODES, ExitCode, StopReason
 Json = Any
 LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
 """Environment variable: folder for the notes of the worker group's present life; set by `dist-train launch`."""
+WORKER_PID = "DIST_TRAIN_WORKER_PID"
+"""Environment variable: the worker itself. What a worker starts inherits all variables and is no worker."""
 
 PROGRESS_SECONDS = 0.25
 """Between notes of steps that committed nothing."""
@@ -33,6 +35,12 @@ _progress_at = 0.0
 def by_dist_train() -> bool:
     """Whether `dist-train launch` started this process: it reads exit codes by their meaning."""
     return LAUNCH_DIR in os.environ
+
+
+def is_worker() -> bool:
+    """Whether this process is the worker that its environment speaks of, and not one that a worker has started."""
+    here = str(os.getpid())
+    return os.environ.get(WORKER_PID, here) == here
 
 
 def by_elastic() -> bool:
@@ -60,7 +68,7 @@ def exit_code(reason: StopReason, *, requeue: bool = False) -> int:
 def note(**fields: Json) -> None:
     """Adds to this rank's note: begun, run_dir, attempt, global_step, committed_step, save_seconds, outcome, error."""
     folder = os.environ.get(LAUNCH_DIR)
-    if folder is None or all(_noted.get(key) == value for key, value in fields.items()):
+    if folder is None or not is_worker() or all(_noted.get(key) == value for key, value in fields.items()):
         return
     _noted.update(fields)
     rank = os.environ.get("RANK", "0")
@@ -78,13 +86,28 @@ def forget_end() -> None:
         _noted.pop(name, None)
 
 
-def note_progress(global_step: int, committed_step: int) -> None:
-    """Where the run stands: told at once when something was committed, else now and then."""
+def note_progress(global_step: int, committed_step: int, longest_seconds: float = 0.0) -> None:
+    """Where the run stands: told at once when something was committed, else now and then.
+
+    Args:
+        longest_seconds: how long it may take until this rank can leave: its slowest step, or evaluation.
+    """
     global _progress_at
     now = time.monotonic()
     if committed_step != _noted.get("committed_step") or now - _progress_at >= PROGRESS_SECONDS:
         _progress_at = now
-        note(global_step=global_step, committed_step=committed_step)
+        note(global_step=global_step, committed_step=committed_step, longest_seconds=longest_seconds)
+
+
+def note_run(run_dir: str, **fields: Json) -> None:
+    """A run is entered: the last of this process so far."""
+    note(begun=True, run_dir=run_dir, run_dirs=[*_noted.get("run_dirs", []), run_dir], rolled_back_to=None, **fields)
+
+
+def note_roll_back(step: int, **fields: Json) -> None:
+    """The run has gone back to the checkpoint of a step by itself: step numbers go down."""
+    former = _noted.get("rolled_back_to")
+    note(committed_step=step, rolled_back_to=step if former is None else min(step, former), **fields)
 
 
 def note_error(error: BaseException, *, secondary: bool = False) -> None:

@@ -9,6 +9,7 @@ import os
 
 import torch.distributed as dist
 
+from dist_train import launched
 from dist_train.errors import DeadlineError, LauncherLostError
 
 _LOST_PEERS = ("closed by peer", "reset by peer", "Broken pipe", "remote process has terminated")
@@ -24,13 +25,16 @@ def has_lost_peers(error: BaseException) -> bool:
 
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
 """Environment variable: the process that `dist-train launch` starts its workers from, in their environment."""
+_IMPORTER = os.getpid()
 _FIRST_PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def launcher_is_gone() -> bool:
     """Whether the launcher (torchrun's agent, or ours) has died and left this worker behind: nobody would restart or
-    end it any more.
+    end it any more. A process that a worker has started has lost nothing while that one lives, and is not asked.
     """
     told = os.environ.get(LAUNCHER_PID)  # a forked worker has imported this before it was one
-    launcher = int(told) if told else _FIRST_PARENT
+    if told:
+        return launched.is_worker() and os.getppid() != int(told)
+    launcher = _FIRST_PARENT if os.getpid() == _IMPORTER else None
     return launcher is not None and os.getppid() != launcher

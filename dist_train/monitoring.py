@@ -87,9 +87,7 @@ class Monitoring:
             self._watchdog.loop_begins(global_step)
         phases.switch(Phase.OTHER)
         launched.forget_end()
-        launched.note(
-            begun=True, run_dir=run_dir, attempt=attempt, global_step=global_step, committed_step=committed_step
-        )
+        launched.note_run(run_dir, attempt=attempt, global_step=global_step, committed_step=committed_step)
         if self.ledger is not None:
             self.ledger.open(attempt, state)
 
@@ -107,9 +105,8 @@ class Monitoring:
         if self._watchdog is not None:
             self._watchdog.loop_begins(beginning.state_of["global_step"])
         phases.switch(Phase.OTHER)
-        launched.note(
-            attempt=attempt, global_step=beginning.state_of["global_step"], committed_step=beginning.saved_step
-        )
+        global_step = beginning.state_of["global_step"]
+        launched.note_roll_back(beginning.saved_step, attempt=attempt, global_step=global_step)
         if self.ledger is not None:
             self.ledger.open(attempt, beginning.state_of)
 

@@ -65,7 +65,8 @@ class Agent(SimpleElasticAgent):
 
     Args:
         most_nodes: 1 is this machine alone.
-        grace: what workers that were asked to end may take; where nobody says so, by the measured time of a save.
+        grace: what workers that were asked to end may take; where nobody says so, by the measured times of saves,
+            steps and evaluations.
         say: tells the user something at once.
     """
 
@@ -319,13 +320,19 @@ class Agent(SimpleElasticAgent):
         return min(PEER_GRACE_SECONDS + 2 * _save_seconds(notes), LONGEST_PEER_GRACE_SECONDS)
 
     def _stop_grace(self) -> float:
-        known = self._grace.seconds
-        return max(STOP_GRACE_SECONDS, 3 * _save_seconds(self._notes())) if known is None else known
+        """Where nobody says so: for the step or the evaluation that they are in, and the last save."""
+        if self._grace.seconds is not None:
+            return self._grace.seconds
+        notes = self._notes()
+        return max(STOP_GRACE_SECONDS, 3 * _save_seconds(notes) + 2 * _longest(notes, "longest_seconds"))
 
     # After an attempt
 
     def _notes(self) -> dict[int, dict[str, Json]]:
-        return read_notes(self._folder.renew(self._attempt))
+        """Of this node's workers; who else writes there is not heard."""
+        pids = {*self._workers.pids.values(), *(one.pid for one in self._workers.exits.values())}
+        notes = read_notes(self._folder.of_attempt(self._attempt))
+        return {rank: note for rank, note in notes.items() if note.get("pid") in pids}
 
     def _report(self, stopped: Set[int], ended_by_us: Set[int]) -> dict[str, Json]:
         report = report_of_node(
@@ -360,7 +367,11 @@ class Agent(SimpleElasticAgent):
 
 
 def _save_seconds(notes: Mapping[int, Mapping[str, Json]]) -> float:
-    return max((float(note.get("save_seconds", 0.0)) for note in notes.values()), default=0.0)
+    return _longest(notes, "save_seconds")
+
+
+def _longest(notes: Mapping[int, Mapping[str, Json]], key: str) -> float:
+    return max((float(note.get(key, 0.0)) for note in notes.values()), default=0.0)
 
 
 def _why_lost(error: BaseException) -> str:

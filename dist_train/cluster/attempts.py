@@ -52,6 +52,8 @@ def report_of_node(
         "step": step,
         "run_dir": next(iter(_told(notes, "run_dir")), None),
         "outcome": next(iter(_told(notes, "outcome")), None),
+        "run_dirs": max(_told(notes, "run_dirs"), key=len, default=[]),
+        "rolled_back_to": min(_told(notes, "rolled_back_to"), default=None),
         "causes": causes,
     }
 
@@ -71,6 +73,8 @@ def merge(
         seconds=seconds,
         begun=any(report["begun"] for report in told),
         committed_step=max(steps, default=None),
+        run_dirs=max((report["run_dirs"] for report in told), key=len, default=[]),
+        rolled_back_to=min((one["rolled_back_to"] for one in told if one["rolled_back_to"] is not None), default=None),
         causes=causes,
         membership=node_came or (node_left and all(cause.secondary for cause in causes)),
         stop_asked=any(report["stop_asked"] for report in told),

@@ -28,10 +28,17 @@ class Folder:
         self.path = Path(tempfile.mkdtemp(prefix=f"dist-train-launch-{os.getpid()}-"))
 
     def renew(self, attempt: int) -> Path:
-        """An empty folder for the notes of an attempt."""
-        folder = self.path / f"attempt-{attempt}"
-        folder.mkdir(parents=True, exist_ok=True)
+        """An empty folder for the notes of an attempt. Where the disk is full there is none: the workers then tell
+        nothing, which costs an explanation and not the training.
+        """
+        folder = self.of_attempt(attempt)
+        shutil.rmtree(self.of_attempt(attempt - 1), ignore_errors=True)  # was read; a full disk has room again
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def of_attempt(self, attempt: int) -> Path:
+        return self.path / f"attempt-{attempt}"
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

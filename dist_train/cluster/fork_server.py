@@ -25,6 +25,7 @@ from importlib import import_module
 from typing import Any
 
 from dist_train.cluster.worker import Program, boot_command, renew_randomness, run_program
+from dist_train.launched import WORKER_PID
 
 Json = Any
 PRELOADED = (
@@ -139,7 +140,7 @@ class ForkServer:
             self.tell(started=request["start"], pid=pid)
             return None
         self._become_worker(server)
-        return {**request["variables"], PARENT_VARIABLE: str(server)}
+        return {**request["variables"], PARENT_VARIABLE: str(server), WORKER_PID: str(os.getpid())}
 
     def _become_worker(self, server: int) -> None:
         signal.set_wakeup_fd(-1)

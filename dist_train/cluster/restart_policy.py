@@ -2,8 +2,8 @@
 
     ended well -> stop with 0 | asked not to restart (75, 93, 130, 2, a final error) -> stop with that code
     failed before the run was entered, in the first seconds -> stop with its code
-    three attempts in a row at the same committed step, or with the same error at the same step -> stop with 93
-    else restart: at once after progress, later and later without; the budget refills when the committed step advances
+    three attempts in a row that committed nothing new, or with the same error at the same step -> stop with 93
+    else restart: at once after progress, later and later without; the budget refills when something new is committed
 
 Invariant: it starts and stops nothing, and what it returns depends only on what it was told and on the clock.
 """
@@ -71,6 +71,10 @@ class Ended:
     """Whether any worker had entered the run."""
     committed_step: int | None
     """Newest durable step, -1 where nothing was committed; None where no worker tells (no `dist_train` in it)."""
+    run_dirs: Sequence[str] = ()
+    """Runs that it entered, the last one last: `committed_step` is that one's."""
+    rolled_back_to: int | None = None
+    """Step of the earliest checkpoint that the last run went back to by itself."""
     causes: Sequence[Cause] = ()
     """Of the workers that did not end well; the first is the first failure that was nobody else's."""
     membership: bool = False
@@ -97,7 +101,7 @@ class RestartPolicy:
 
     Args:
         max_restarts: the budget: restarts without a committed step in between.
-        give_up_after: attempts in a row that end at the same committed step.
+        give_up_after: attempts in a row that commit nothing new.
         clock: seconds, monotonic.
     """
 
@@ -108,7 +112,8 @@ class RestartPolicy:
         self._left = max_restarts
         self._attempts = 0
         self._pauses = 0
-        self._furthest: int | None = None
+        self._furthest: dict[str, int] = {}
+        self._former_end: tuple[str, int | None] | None = None
         self._at_same_step = 0
         self._last_failure: tuple[str, int | None] | None = None
         self._same_failures = 0
@@ -145,17 +150,31 @@ class RestartPolicy:
         return Restart(pause_seconds=self._next_pause(progressed), why=f"{self._left} of {self._max} restarts left")
 
     def _note_progress(self, ended: Ended) -> bool:
-        step = ended.committed_step
-        progressed = step is not None and step >= 0 and (self._furthest is None or step > self._furthest)
+        progressed = self._has_progressed(ended)
         if progressed:
             self._left, self._pauses = self._max, 0
         self._at_same_step = 1 if progressed else self._at_same_step + (not ended.membership)
-        if step is not None:
-            self._furthest = step if self._furthest is None else max(step, self._furthest)
         failure = (ended.causes[0].error, ended.causes[0].step) if ended.causes and not ended.membership else None
         self._same_failures = self._same_failures + 1 if failure and failure == self._last_failure else 1
         self._last_failure = failure
         return progressed
+
+    def _has_progressed(self, ended: Ended) -> bool:
+        """Whether more is durable than when the former attempt ended: of the same run, whose step numbers may have gone
+        down by a roll-back, or of one that the script went on to. One that only begins another run each time does not.
+        """
+        step, run = ended.committed_step, ended.run_dirs[-1] if ended.run_dirs else ""
+        if step is None:
+            return False
+        former, self._former_end = self._former_end, (run, step)
+        known = self._furthest.get(run)
+        if known is None:
+            goes_on = former is None or former[0] in ended.run_dirs
+        else:
+            base = known if ended.rolled_back_to is None else min(known, ended.rolled_back_to)
+            goes_on, known = step > base and former != (run, step), base
+        self._furthest[run] = step if known is None else max(step, known)
+        return goes_on and step >= 0
 
     def _is_stuck(self, ended: Ended) -> bool:
         if ended.committed_step is None and not ended.begun:

@@ -69,6 +69,11 @@ class Deadline:
         """Whether there was time for a step at all."""
         return self._steps > 0
 
+    @property
+    def longest_seconds(self) -> float:
+        """What a rank that was told to leave may need until it can: the slowest step, or evaluation, so far."""
+        return max(self._longest_step, self._evaluation or 0.0)
+
     def begin(self) -> None:
         """The loop begins now; what came before it is nobody's step."""
         self._mark = self._epoch_began = self._clock()

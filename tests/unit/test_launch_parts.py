@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dist_train import launched
 from dist_train.cli import main
 from dist_train.cluster import grace as grace_module
 from dist_train.cluster import launch as launch_module
@@ -89,6 +91,22 @@ def test_a_node_that_left_is_no_failure_unless_somebody_else_failed_too() -> Non
     told = {"stop_asked": False}
     assert merge([{**lost, **told}], seconds=1.0, node_left=True).membership
     assert not merge([{**failed, **told}], seconds=1.0, node_left=True).membership
+
+
+def test_notes_tell_the_runs_that_were_entered_and_how_far_back_the_last_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launched.LAUNCH_DIR, str(tmp_path))
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setattr(launched, "_noted", {})
+    launched.note_run("a", global_step=0, committed_step=-1)
+    launched.note_roll_back(3, global_step=3)
+    launched.note_run("b", global_step=60, committed_step=60)
+    launched.note_roll_back(40, global_step=40)
+    launched.note_roll_back(50, global_step=50)
+    report = {**report_of_node(exits(-9), launched.read_notes(tmp_path), RANKS), "stop_asked": False}
+    ended = merge([report, {**report_of_node({}, {}, RANKS), "stop_asked": False}], seconds=1.0)
+    assert (ended.run_dirs, ended.rolled_back_to, ended.committed_step) == (["a", "b"], 40, 50)
 
 
 # Several nodes
@@ -280,6 +298,20 @@ def test_the_folders_of_dead_launches_are_removed(tmp_path: Path, monkeypatch: p
     assert folder.renew(3).is_dir()
     folder.remove()
     assert not folder.path.exists()
+
+
+def test_a_full_disk_costs_the_notes_of_an_attempt_and_not_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = Folder()
+    former = folder.renew(1)
+    monkeypatch.setattr(Path, "mkdir", is_full)
+    assert launched.read_notes(folder.renew(2)) == {}
+    assert not former.exists()
 
 
 def conclude(*attempts: Attempt, **more: Any) -> Conclusion:

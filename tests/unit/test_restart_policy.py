@@ -38,8 +38,9 @@ def failed(step: int | None = None, error: str = "ValueError: no", committed: in
     return Ended(committed_step=committed, **{**settings, **more})
 
 
-def killed(committed: int | None) -> Ended:
-    return Ended(seconds=10.0, begun=True, committed_step=committed, causes=[KILLED])
+def killed(committed: int | None, *run_dirs: str, back: int | None = None) -> Ended:
+    where = {"run_dirs": run_dirs, "rolled_back_to": back}
+    return Ended(seconds=10.0, begun=True, committed_step=committed, causes=[KILLED], **where)
 
 
 def test_a_good_end_stops_with_0() -> None:
@@ -100,6 +101,30 @@ def test_progress_begins_the_count_anew() -> None:
     policy = make_policy()
     decisions = [policy.decide(killed(committed)) for committed in (3, 3, 6, 6, 9, 9, 9)]
     assert [type(one) for one in decisions] == [Restart] * 6 + [Stop]
+
+
+def test_a_run_that_goes_on_after_a_roll_back_makes_progress_though_its_steps_went_down() -> None:
+    policy = make_policy(max_restarts=1)
+    ends = [killed(60), killed(50, back=45), killed(55), killed(60), killed(65)]
+    assert [type(policy.decide(one)) for one in ends] == [Restart] * 5
+
+
+def test_a_run_that_rolls_back_and_ends_where_it_did_before_is_stuck() -> None:
+    policy = make_policy()
+    decisions = [policy.decide(killed(50, back=45)) for _ in range(3)]
+    assert [type(one) for one in decisions] == [Restart, Restart, Stop]
+
+
+def test_the_next_run_of_a_script_makes_progress_of_its_own() -> None:
+    policy = make_policy(max_restarts=1)
+    ends = [killed(80, "a"), *(killed(step, "a", "b") for step in (10, 25, 40, 60, 60))]
+    assert [type(policy.decide(one)) for one in ends] == [Restart] * 5 + [Stop]
+
+
+def test_a_script_that_begins_another_run_each_time_is_stuck() -> None:
+    policy = make_policy()
+    decisions = [policy.decide(killed(40 + n, f"run-{n}")) for n in range(3)]
+    assert [type(one) for one in decisions] == [Restart, Restart, Stop]
 
 
 def test_the_budget_refills_when_the_committed_step_advances() -> None:
