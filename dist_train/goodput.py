@@ -23,6 +23,9 @@ BUCKETS = ("productive", "data_wait", "save_stall", "start_up", "restore", "lost
 REDONE = ("productive", "data_wait", "other")
 """What has to be spent again on work that no checkpoint holds; a save's stall, a start or a load is none of it."""
 MICRO = 1_000_000
+_MOST = 1e18
+"""No number of a record is as large."""
+_MOST_ATTEMPTS = 1_000_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,6 +118,50 @@ def fold_time(events: Iterable[Mapping[str, Json]], pulses: Iterable[Mapping[str
     started = {int(one["attempt"]) for one in events if one.get("event") in ("started", "resumed")}
     missing = sorted(number for number in started | set(range(1, max(told))) if number not in told)
     return RunTime(attempts=attempts, overlap=overlap, untold=missing)
+
+
+def is_readable(line: Mapping[str, Json]) -> bool:
+    """Whether a record has the types that are reckoned with: any other was damaged or written by hand, and counts as
+    one that is not there.
+    """
+    kind = line.get("event", "time")  # an open attempt's is no event yet
+    if kind == "committed":
+        sizes = [line.get(name, 0) for name in ("stall_seconds", "seconds", "bytes")]
+        return all(map(_is_number, sizes)) and _is_mark({"buckets": {}, **line})
+    if kind != "time":
+        return isinstance(kind, str) and _is_attempt(line.get("attempt", 0))
+    resumed, marks = line.get("resumed"), line.get("marks", [])
+    return (
+        _is_mark(line)
+        and all(_is_attempt(line.get(name, 0)) for name in ("attempt", "of_attempt"))
+        and all(_is_number(line.get(name)) for name in ("began", "uptime"))
+        and (line.get("first_step") is None or _is_number(line["first_step"]))
+        and (resumed is None or _is_place(resumed))
+        and isinstance(marks, list)
+        and all(isinstance(mark, dict) and _is_mark(mark) for mark in marks)
+    )
+
+
+def _is_number(value: Json) -> bool:
+    """Of seconds or bytes; neither NaN nor infinite."""
+    return isinstance(value, int | float) and abs(value) < _MOST
+
+
+def _is_attempt(value: Json) -> bool:
+    return isinstance(value, int) and 0 <= value < _MOST_ATTEMPTS
+
+
+def _is_mark(value: Mapping[str, Json]) -> bool:
+    buckets = value.get("buckets")
+    is_told = isinstance(buckets, dict) and all(_is_number(buckets.get(name, 0)) for name in MEASURED)
+    return is_told and isinstance(value.get("global_step"), int)
+
+
+def _is_place(value: Json) -> bool:
+    """Of a checkpoint that an attempt began at."""
+    if not isinstance(value, dict) or not isinstance(value.get("global_step"), int):
+        return False
+    return "attempt" in value and (value["attempt"] is None or _is_attempt(value["attempt"]))
 
 
 def _records(lines: Iterable[Mapping[str, Json]]) -> dict[tuple[int, float], dict[str, Json]]:

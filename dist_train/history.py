@@ -104,7 +104,7 @@ def parse_line(line: str) -> dict[str, Json] | None:
     """A line of one of the run's logs; None for one that a kill has torn."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("attempt"), int) else None
 

@@ -11,6 +11,7 @@ Invariant: what is open is closed, also after an error. It decides nothing: the 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import astuple
 
 from dist_train import launched, phases
@@ -111,12 +112,13 @@ class Monitoring:
             self.ledger.open(attempt, beginning.state_of)
 
     def close(self) -> None:
-        """Nothing is watched any more."""
-        self._end_watch()
-        self.preemption.close()
-        if self.ledger is not None:
-            self.ledger.close(self._checkpointer.attempt)
-        phases.switch(Phase.OUTSIDE)
+        """Nothing is watched any more; where one of the parts fails, the others are closed all the same."""
+        with ExitStack() as last_first:
+            last_first.callback(phases.switch, Phase.OUTSIDE)
+            if self.ledger is not None:
+                last_first.callback(self.ledger.close, self._checkpointer.attempt)
+            last_first.callback(self.preemption.close)
+            last_first.callback(self._end_watch)
 
     def _end_watch(self) -> None:
         if self._watchdog is not None:

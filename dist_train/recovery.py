@@ -70,7 +70,7 @@ class Recovery:
         self.guard: GradientGuard[Window | None] = GradientGuard(
             live.optimizers,
             policy,
-            buffers=[buffer for model in live.models.values() for buffer in model.buffers()],
+            models=live.models.values(),
             agree=agree_on_largest if may_differ else None,
         )
         self._construction = Construction(live.optimizers, live.schedulers) if policy.rolls_back else None

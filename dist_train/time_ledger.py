@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -25,10 +26,11 @@ from dist_train import phases
 from dist_train.checkpoint.manifest import ATTEMPTS, EVENTS_LOG
 from dist_train.checkpoint.store import Store
 from dist_train.console import EventLog
-from dist_train.goodput import MEASURED, MICRO, RunTime, fold_time, to_micro, to_seconds
+from dist_train.goodput import MEASURED, MICRO, RunTime, fold_time, is_readable, to_micro, to_seconds
 from dist_train.history import parse_line
 from dist_train.phases import Phase, Point
 
+logger = logging.getLogger(__name__)
 Json = Any
 PULSE = "pulse-"
 BUCKET_OF = {
@@ -135,7 +137,7 @@ class TimeLedger:
         self._stops = []
         if attempt and self._record and not self._is_lost():
             own = {"event": "time", "of_attempt": attempt, **self._told()}
-            self._close(attempt, {**own, "run": _summary(fold_time([*read_events(self._store), own]))})
+            self._close(attempt, {**own, "run": self._sum_up(own)})
         self._record = {}
 
     # Within it
@@ -196,6 +198,19 @@ class TimeLedger:
         spent[self._bucket_of[phase]] += self._clock() - since
         return {name: round(count / 1e9, 6) for name, count in spent.items()}
 
+    def _sum_up(self, own: dict[str, Json]) -> Json:
+        """The run so far, this attempt's part with it; None, and a warning, where the records do not add up."""
+        try:
+            return _summary(fold_time([*read_events(self._store), own]))
+        except Exception:  # an account that cannot be drawn up is no reason for an attempt to fail
+            logger.warning(
+                "Where the run's time went could not be summed up from %s. Training is not affected, and what is saved "
+                "is whole. `dist-train report` needs that file: look there for lines that are damaged.",
+                self._store.shown(EVENTS_LOG),
+                exc_info=True,
+            )
+            return None
+
     def _close(self, attempt: int, record: dict[str, Json]) -> None:
         """Into run.jsonl; the pulse goes only when that was written."""
         ended = record["began"] + sum(to_micro(record["buckets"]).values()) / MICRO
@@ -211,19 +226,19 @@ def read_pulses(store: Store) -> dict[int, dict[str, Json]]:
     pulses: dict[int, dict[str, Json]] = {}
     for name in store.list(ATTEMPTS):
         if name.startswith(PULSE) and name.endswith(".json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                record = json.loads(store.read(f"{ATTEMPTS}/{name}"))
-                to_micro(record["buckets"])
-                pulses[int(record["attempt"])] = {**record, "began": float(record["began"])}
+            with contextlib.suppress(OSError):
+                record = parse_line(store.read(f"{ATTEMPTS}/{name}").decode(errors="replace"))
+                if record is not None and is_readable(record):
+                    pulses[record["attempt"]] = record
     return pulses
 
 
 def read_events(store: Store) -> list[dict[str, Json]]:
-    """The lines of run.jsonl, without those that a kill has torn."""
+    """The lines of run.jsonl, without those that a kill has torn and those that `is_readable` refuses."""
     if not store.exists(EVENTS_LOG):
         return []
     lines = store.read(EVENTS_LOG).decode(errors="replace").splitlines()
-    return [event for line in lines if (event := parse_line(line)) is not None]
+    return [event for line in lines if (event := parse_line(line)) is not None and is_readable(event)]
 
 
 def read_time(store: Store) -> RunTime | None:

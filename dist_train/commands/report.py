@@ -99,7 +99,7 @@ def _end_of(store: Store, events: Events, one: AttemptTime) -> dict[str, str]:
     if hung and (not stopped or stopped[-1].get("reason") == "error"):
         return {"end": "hung", "error": _where(hung[-1])}
     if stopped:
-        end = "lost_peers" if stopped[-1].get("lost_peers") else str(stopped[-1]["reason"])
+        end = "lost_peers" if stopped[-1].get("lost_peers") else str(stopped[-1].get("reason"))
         return {"end": end, "error": str(stopped[-1].get("error") or "")}
     owner = read_owner(store) if one.is_open and one.attempt == newest_attempt(store) else None
     lives = owner is not None and owner.attempt == one.attempt and not owner.is_known_to_be_gone()
@@ -136,14 +136,14 @@ def _unsaved(events: Events, last: Mapping[str, Json]) -> int:
 
 def _saves(events: Events, stall: float) -> dict[str, Json]:
     saved = [event for event in events if event.get("event") == "committed"]
-    stalls = [float(event["stall_seconds"]) for event in saved]
+    stalls = [float(event.get("stall_seconds", 0)) for event in saved]
     return {
         "committed": len(saved),
         "failed": sum(event.get("event") == "failed" for event in events),
         "stall_seconds": stall,
         "stall_seconds_each": sorted(stalls),
         "seconds_until_durable_each": sorted(
-            stall + float(event["seconds"]) for stall, event in zip(stalls, saved, strict=True)
+            stall + float(event.get("seconds", 0)) for stall, event in zip(stalls, saved, strict=True)
         ),
-        "bytes": sum(int(event["bytes"]) for event in saved),
+        "bytes": sum(int(event.get("bytes", 0)) for event in saved),
     }

@@ -55,7 +55,7 @@ class GradientGuard(Generic[Window]):
 
     Args:
         optimizers: innermost, by name.
-        buffers: of the models; where training may go on after a bad window, they are put back to what they were.
+        models: where training may go on after a bad window, their buffers are put back to what they were.
         agree: makes a norm the same on all ranks where gradients alone may not; None where they do.
         lag: updates until a norm is read; None takes 1 on a GPU and 0 elsewhere.
     """
@@ -65,13 +65,13 @@ class GradientGuard(Generic[Window]):
         optimizers: Mapping[str, torch.optim.Optimizer],
         policy: HealthPolicy,
         *,
-        buffers: Iterable[torch.Tensor] = (),
+        models: Iterable[nn.Module] = (),
         agree: Callable[[torch.Tensor], None] | None = None,
         lag: int | None = None,
     ) -> None:
         self._optimizers = optimizers if policy.watches else {}
         self._policy = policy
-        self._buffers = _KeptBuffers(buffers if policy.skips else ())
+        self._buffers = _KeptBuffers(models if policy.skips else ())
         self._agree = agree
         self._lag = lag if lag is not None else int(any(_is_late(one) for one in optimizers.values()))
         self._norms = {name: deque[float](maxlen=policy.spike_window + self._lag) for name in optimizers}
@@ -281,28 +281,73 @@ class _Values:
         return norm, bool(left_out)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A buffer as it was: the tensor that the module held, and what stood in it."""
+
+    held: torch.Tensor | None
+    value: torch.Tensor
+    """Empty where the module held none."""
+
+    def can_be_mixed(self, live: torch.Tensor | None) -> bool:
+        if live is None or self.held is None:
+            return False
+        return (live.shape, live.dtype, live.device) == (self.value.shape, self.value.dtype, self.value.device)
+
+
 class _KeptBuffers:
-    """What the models' buffers were before a window: a bad one has gone into running means, too."""
+    """What the models' buffers were before a window: a bad one has gone into running means, too.
 
-    def __init__(self, buffers: Iterable[torch.Tensor]) -> None:
-        self._live = list(buffers)
-        self._kept = [torch.empty_like(one) for one in self._live]
+    A forward may write into a buffer or put another tensor in its place, so that it is looked up by its name each time.
+    """
 
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self._modules = [module for model in models for module in model.modules() if module._buffers]
+        self._kept: list[dict[str, _Kept]] = [{} for _ in self._modules]
+
+    @torch.no_grad()
     def keep(self) -> None:
-        for kept, live in zip(self._kept, self._live, strict=True):
-            kept.copy_(live)
+        for module, kept in zip(self._modules, self._kept, strict=True):
+            for name, live in module._buffers.items():
+                former = kept.get(name)
+                if live is not None and former is not None and former.can_be_mixed(live):
+                    former.value.copy_(live)
+                    kept[name] = _Kept(live, former.value)
+                else:
+                    kept[name] = _Kept(live, torch.empty(0) if live is None else live.detach().clone())
 
+    @torch.no_grad()
     def keep_unless(self, flags: list[torch.Tensor | bool]) -> None:
         """Keeps what the buffers are now, or puts them back where a flag is set; on a device without waiting for it."""
         tensors = [flag for flag in flags if isinstance(flag, torch.Tensor)]
         certain = any(flag is True for flag in flags)
-        for kept, live in zip(self._kept, self._live, strict=True):
-            if certain:
-                live.copy_(kept)
-                continue
-            for flag in tensors:
-                live.copy_(torch.where(flag.to(live.device), kept, live))
-            kept.copy_(live)
+        if certain or tensors:
+            for module, kept in zip(self._modules, self._kept, strict=True):
+                for name, one in kept.items():
+                    self._put_back(module, name, one, None if certain else tensors)
+        if not certain:
+            self.keep()
+
+    @staticmethod
+    def _put_back(module: nn.Module, name: str, one: _Kept, flags: list[torch.Tensor] | None) -> None:
+        """Where a flag is set; None for certain. What the forward put in the buffer's place is not written into: it may
+        be anybody's.
+        """
+        live = module._buffers.get(name)
+        if flags is not None and one.can_be_mixed(live):
+            assert live is not None
+            mixed = live
+            for flag in flags:
+                mixed = torch.where(flag.to(live.device), one.value, mixed)
+            if live is one.held:
+                live.copy_(mixed)
+            else:
+                module._buffers[name] = mixed
+        elif flags is None or any(map(bool, flags)):
+            if one.held is not None:
+                one.held.copy_(one.value)
+            if live is not one.held:
+                module._buffers[name] = one.held
 
 
 def total_norm(tensors: Iterable[torch.Tensor], order: float = 2.0) -> torch.Tensor:
