@@ -15,10 +15,11 @@ from typing import Any, Final
 from dist_train.drill.records import Life, Records
 
 Json = Any
-SEED, ORDER, AUGMENTATION, KERNEL, OUTSIDE = (
+SEED, ORDER, AUGMENTATION, RATE, KERNEL, OUTSIDE = (
     "seed",
     "data order",
     "augmentation",
+    "learning rate",
     "kernel",
     "state outside the checkpoint",
 )
@@ -212,6 +213,13 @@ def diagnose_twins(difference: Difference) -> Diagnosis:
             sentence=f"Two uninterrupted runs do not make the same steps: {difference.expected}, {difference.found}.",
             advice="Let the number of steps depend on nothing but the data and the settings.",
         )
+    if difference.what == "lr":
+        return Diagnosis(
+            cause=RATE,
+            sentence=f"Two uninterrupted runs have another learning rate {at}, {_rates(difference)}, though all before "
+            "it is the same: it depends on something else than the step, such as the clock, a file or randomness.",
+            advice="Compute the rate from run.global_step, or with a scheduler that is given to the Run (scheduler=).",
+        )
     return Diagnosis(
         cause=KERNEL,
         sentence=f"Two uninterrupted runs compute another {_result(difference)} {at} from the same batch, weights and "
@@ -265,8 +273,8 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
     if difference.what == "lr":
         return Diagnosis(
             cause=OUTSIDE,
-            sentence=f"{at} the learning rate is {_plain(difference.found)} instead of {_plain(difference.expected)}: "
-            f"what decides it is in no checkpoint.{_suspects(difference)}",
+            sentence=f"{at} the learning rate is {_rates(difference)}: what "
+            f"decides it is in no checkpoint.{_suspects(difference)}",
             advice="Give the Run the scheduler (scheduler=), or compute the rate from run.global_step.",
         )
     return _diagnose_result(difference, at)
@@ -337,13 +345,17 @@ def _suspects(difference: Difference) -> str:
 
 
 def _shortened(one: str, other: str) -> tuple[str, str]:
-    """Numbers as people read them, unless that would make them equal."""
+    """Numbers as people read them, unless that would make different ones equal."""
     try:
         short = f"{float(one):.6g}", f"{float(other):.6g}"
     except (TypeError, ValueError):
         return one, other
-    return short if short[0] != short[1] else (one, other)
+    return short if short[0] != short[1] or one == other else (one, other)
 
 
-def _plain(rates: Json) -> str:
-    return ", ".join(f"{one:.6g}" for one in rates) if isinstance(rates, list) else str(rates)
+def _rates(difference: Difference) -> str:
+    there, here = difference.expected, difference.found
+    if not (isinstance(there, list) and isinstance(here, list)) or len(there) != len(here):
+        return f"{here} instead of {there}"
+    pairs = [_shortened(str(one), str(other)) for one, other in zip(there, here, strict=True)]
+    return f"{', '.join(other for _, other in pairs)} instead of {', '.join(one for one, _ in pairs)}"

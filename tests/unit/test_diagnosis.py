@@ -11,6 +11,7 @@ from dist_train.drill.diagnosis import (
     KERNEL,
     ORDER,
     OUTSIDE,
+    RATE,
     SEED,
     diagnose_resume,
     diagnose_twins,
@@ -98,6 +99,8 @@ def test_steps_that_were_never_made_are_a_difference() -> None:
         ({3: step(3, {"rng": rng(3, torch="x"), "loss": "9"})}, SEED, "The random generator of torch stands elsewhere"),
         ({3: step(3, {"loss": "0.7"})}, KERNEL, "another loss (0.7 instead of 0.3) at step 3 from the same batch"),
         ({3: step(3, weights={"a": "a3", "b": "x"})}, KERNEL, "another value of b at step 3"),
+        ({3: step(3, lr=[0.5], weights={"a": "x"})}, RATE, "at step 3, 0.5 instead of 0.1, though all before it is"),
+        ({3: step(3, lr=[0.10000000000123])}, RATE, "at step 3, 0.10000000000123 instead of 0.1, though"),
     ],
 )
 def test_twins_that_differ_are_told_why(changed: dict[int, Json], cause: str, words: str) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from dist_train import cli
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.drill.arrival import when_imported
-from dist_train.drill.diagnosis import AUGMENTATION, KERNEL, ORDER, OUTSIDE, SEED
+from dist_train.drill.diagnosis import AUGMENTATION, KERNEL, ORDER, OUTSIDE, RATE, SEED
 from dist_train.drill.digests import digest_of, digests_of_generators, digests_of_models, surroundings
 from dist_train.drill.faults import KINDS, MOMENTS, Fired
 from dist_train.drill.records import read_records
@@ -31,7 +31,7 @@ from dist_train.options import RunOptions
 from tests.support.launch import ROOT
 from tests.support.small_run import SmallRun
 
-CAUSES = (SEED, ORDER, AUGMENTATION, KERNEL, OUTSIDE, "evaluation")
+CAUSES = (SEED, ORDER, AUGMENTATION, RATE, KERNEL, OUTSIDE, "evaluation")
 COURSE = Course(last_step=40, save_every=4, saves_within_epochs=(4, 8, 12, 24, 28))
 
 
