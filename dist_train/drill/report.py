@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_train.drill.faults import Fired
-from dist_train.drill.records import Records, epochs_ended, last_step
+from dist_train.drill.records import Life, Records, epochs_ended, last_step, shown_names
 from dist_train.drill.rehearse import Order, Outcome, Rehearsed
 from dist_train.drill.scenario import NAMES
 from dist_train.drill.uses import LINES_TO_ADD
@@ -24,8 +24,10 @@ class Restart:
     """What a fault cost."""
 
     fired: Fired
+    run: str
+    """The run that it met, by its name in the records; empty where it came before any had begun."""
     back_at: int | None
-    """The step that the next life began at; None where training went on, or never came back."""
+    """The step that the next life of this run began at; None where training went on, or never came back."""
     seconds: float | None
     """From the fault to the next life's first step."""
 
@@ -36,17 +38,33 @@ class Restart:
 
 
 def restarts_of(fired: Sequence[Fired], records: Records) -> list[Restart]:
-    """Each fault with the life that came after it."""
-    lives = sorted((life for one in records.values() for life in one if life.begin), key=lambda life: life.begin["at"])
+    """Each fault with the life of the same run that came after it: a script may have several runs, one by one."""
     found = []
     for one in fired:
-        after = [life for life in lives if life.begin["at"] > one.at and life.steps]
+        run = _run_at(one.at, records)
+        lives = records[run] if run else [life for of_run in records.values() for life in of_run]
+        after = [life for life in lives if life.begin and life.begin["at"] > one.at and life.steps]
         if one.kind == "fail_io" or not after:
-            found.append(Restart(fired=one, back_at=None, seconds=None))
+            found.append(Restart(fired=one, run=run, back_at=None, seconds=None))
         else:
-            first = min(line["at"] for line in after[0].steps.values())
-            found.append(Restart(fired=one, back_at=after[0].began_at, seconds=first - one.at))
+            life = min(after, key=lambda life: float(life.begin["at"]))
+            first = min(line["at"] for line in life.steps.values())
+            found.append(Restart(fired=one, run=run, back_at=life.began_at, seconds=first - one.at))
     return found
+
+
+def _run_at(at: float, records: Records) -> str:
+    """The run that wrote the last record before a moment."""
+    last = {name: max((time for life in lives for time in _times(life) if time <= at), default=0.0)
+            for name, lives in records.items()}  # fmt: skip
+    name = max(last, key=lambda name: last[name], default="")
+    return name if name and last[name] else ""
+
+
+def _times(life: Life) -> Iterator[float]:
+    if life.begin:
+        yield life.begin["at"]
+    yield from (line["at"] for line in life.steps.values())
 
 
 def lines_of(order: Order, outcome: Outcome) -> Iterator[str]:
@@ -57,7 +75,8 @@ def lines_of(order: Order, outcome: Outcome) -> Iterator[str]:
         return
     if outcome.fired and outcome.faulted:
         yield ""
-        yield from _table(restarts_of(outcome.fired, outcome.faulted.records))
+        records = outcome.faulted.records
+        yield from _table(restarts_of(outcome.fired, records), shown_names(records))
     if outcome.plain:
         yield ""
         yield from _costs(outcome)
@@ -76,8 +95,11 @@ def _lines_of_cannot(name: str, outcome: Outcome) -> Iterator[str]:
         yield from LINES_TO_ADD.splitlines()
 
 
-def _table(restarts: Sequence[Restart]) -> Iterator[str]:
-    rows = [("fault", "step", "while", "rank", "went on from", "trained again", "first step after")]
+def _table(restarts: Sequence[Restart], runs: Mapping[str, str]) -> Iterator[str]:
+    """With a column for the run, where the script has several."""
+    rows: list[tuple[str, ...]] = [
+        ("fault", "run", "step", "while", "rank", "went on from", "trained again", "first step after")
+    ]
     for one in restarts:
         fired = one.fired
         moment = "a save" if fired.phase.startswith("write ") else fired.phase.replace("_", " ")
@@ -85,6 +107,7 @@ def _table(restarts: Sequence[Restart]) -> Iterator[str]:
         rows.append(
             (
                 NAMES.get(fired.kind, fired.kind.replace("_", " ")),
+                runs.get(one.run, "-"),
                 str(fired.global_step),
                 moment,
                 str(fired.rank),
@@ -93,6 +116,8 @@ def _table(restarts: Sequence[Restart]) -> Iterator[str]:
                 "-" if one.seconds is None else f"{one.seconds:.1f} s",
             )
         )
+    if len(runs) < 2:
+        rows = [row[:1] + row[2:] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -177,7 +202,13 @@ def facts_of(order: Order, outcome: Outcome, scratch: str | None) -> Json:
         "steps": last_step(outcome.plain.records) if outcome.plain else 0,
         "lives": len(outcome.faulted.ended) if outcome.faulted else 0,
         "faults": [
-            {**asdict(one.fired), "resumed_at": one.back_at, "restart_seconds": one.seconds, "steps_lost": one.lost}
+            {
+                **asdict(one.fired),
+                "run": one.run,
+                "resumed_at": one.back_at,
+                "restart_seconds": one.seconds,
+                "steps_lost": one.lost,
+            }
             for one in restarts_of(outcome.fired, records)
         ],
         "faults_missed": [fault.describe() for fault in outcome.plan.missed()] if outcome.plan else [],

@@ -20,9 +20,9 @@ from dist_train.drill.arrival import when_imported
 from dist_train.drill.diagnosis import AUGMENTATION, KERNEL, ORDER, OUTSIDE, RATE, SEED
 from dist_train.drill.digests import digest_of, digests_of_generators, digests_of_models, surroundings
 from dist_train.drill.faults import KINDS, MOMENTS, Fired
-from dist_train.drill.records import read_records
+from dist_train.drill.records import Life, read_records, shown_names
 from dist_train.drill.rehearsal import Rehearsal, read_places
-from dist_train.drill.report import restarts_of
+from dist_train.drill.report import _table, restarts_of
 from dist_train.drill.scenario import Course, plan_faults
 from dist_train.drill.twins import differences_of_runs
 from dist_train.drill.untouched import fingerprint, listing
@@ -203,6 +203,25 @@ def test_a_restart_is_measured_from_the_fault_to_the_next_lifes_first_step(tmp_p
     went_on, restarted = restarts_of(fired, read_records(tmp_path))
     assert (went_on.back_at, went_on.seconds, went_on.lost) == (None, None, 0)
     assert (restarted.back_at, restarted.seconds, restarted.lost) == (3, 7.0, 2)
+
+
+def test_a_restart_goes_on_in_the_run_that_the_fault_met() -> None:
+    def life(attempt: int, began_at: int, at: float) -> Life:
+        return Life(
+            attempt, 0, {"step": began_at, "at": at}, {began_at + 1: {"at": at + 1}, began_at + 2: {"at": at + 2}}
+        )
+
+    records = {"a-0a1b2c": [life(1, 0, 10), life(2, 2, 20)], "b-3d4e5f": [life(1, 0, 30), life(2, 1, 40)]}
+    usual: dict[str, Any] = {"number": 0, "kind": "kill", "rank": 0, "attempt": 1, "global_step": 2, "phase": "step"}
+    fired = [Fired(**usual, at=at) for at in (5.0, 13.0, 23.0, 33.0)]
+    found = restarts_of(fired, records)
+    assert [one.run for one in found] == ["", "a-0a1b2c", "a-0a1b2c", "b-3d4e5f"]
+    assert [one.back_at for one in found] == [0, 2, None, 1]
+    rows = list(_table(found, shown_names(records)))
+    assert rows[0].split()[:3] == ["fault", "run", "step"]
+    assert rows[4].split()[:3] == ["SIGKILL", "b", "2"]
+    assert "step 1" in rows[4]
+    assert "run" not in next(iter(_table(found[:1], {"a-0a1b2c": "a"}))).split()
 
 
 def test_what_differs_of_two_runs_is_named_with_the_weights_first(tmp_path: Path) -> None:
