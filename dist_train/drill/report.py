@@ -16,7 +16,7 @@ from dist_train.drill.uses import LINES_TO_ADD
 
 Json = Any
 _MOST_DEVIATIONS = 3
-_MOST_WRITTEN = 5
+_MOST_CHANGED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,9 @@ def _times(life: Life) -> Iterator[float]:
 def lines_of(order: Order, outcome: Outcome) -> Iterator[str]:
     """For a terminal."""
     name = " ".join(order.script)
-    if outcome.verdict == "cannot":
+    if outcome.verdict in ("cannot", "unsafe"):
         yield from _lines_of_cannot(name, outcome)
+        yield from _lines_of_files(outcome)
         return
     if outcome.fired and outcome.faulted:
         yield ""
@@ -86,6 +87,10 @@ def lines_of(order: Order, outcome: Outcome) -> Iterator[str]:
 
 
 def _lines_of_cannot(name: str, outcome: Outcome) -> Iterator[str]:
+    if outcome.verdict == "unsafe":
+        yield f"CANNOT BE DRILLED SAFELY  {name}"
+        yield from _wrapped(f"{outcome.reason[:1].upper()}{outcome.reason[1:]}")
+        return
     unused = outcome.reason.endswith(("does not use dist_train", "never entered a Run"))
     reason = f"it {outcome.reason}" if outcome.reason.startswith("never") else outcome.reason
     yield f"CANNOT BE DRILLED  {name}: {reason}"
@@ -183,12 +188,12 @@ def _lines_of_difference(name: str, outcome: Outcome) -> Iterator[str]:
 def _lines_of_files(outcome: Outcome) -> Iterator[str]:
     for place in outcome.places:
         shown = os.path.relpath(place) if place.startswith(os.getcwd() + os.sep) else place
-        state = "CHANGED, which a drill must never do" if place in outcome.touched else "untouched"
+        state = "CHANGED, not by a Run" if place in outcome.touched else "untouched"
         yield f"      Run directory {shown}: {state}."
-    if outcome.written:
-        names = ", ".join(outcome.written[:_MOST_WRITTEN])
-        more = len(outcome.written) - _MOST_WRITTEN
-        yield f"      The script itself wrote here: {names}{f' and {more} more' if more > 0 else ''}."
+    if outcome.changed:
+        names = ", ".join(outcome.changed[:_MOST_CHANGED])
+        more = len(outcome.changed) - _MOST_CHANGED
+        yield f"      Changed meanwhile below this directory: {names}{f' and {more} more' if more > 0 else ''}."
 
 
 def facts_of(order: Order, outcome: Outcome, scratch: str | None) -> Json:
@@ -222,7 +227,7 @@ def facts_of(order: Order, outcome: Outcome, scratch: str | None) -> Json:
         "save_seconds": [one["seconds"] for one in saves],
         "run_directories": list(outcome.places),
         "run_directories_touched": list(outcome.touched),
-        "files_written": list(outcome.written),
+        "files_changed": list(outcome.changed),
         "scratch": scratch,
     }
 
@@ -235,7 +240,10 @@ def _training_seconds(run: Rehearsed) -> float:
 def _wrapped(text: str, width: int = 108) -> Iterator[str]:
     import textwrap
 
-    yield from textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+    # Paths and options stay whole: they are copied from here.
+    yield from textwrap.wrap(
+        text, width, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _count(number: int, word: str, plural: str = "") -> str:
