@@ -1,7 +1,7 @@
 """`drill`: runs a script to its end, then again with faults, and says whether the two are the same.
 
-Invariant: exit code 0 where it resumes exactly, 1 where it does not, 2 where it cannot be drilled. What was started is
-ended, and the scratch removed, also on Ctrl-C.
+Invariant: exit code 0 where it resumes exactly, 1 where it does not, 2 where it cannot be drilled (safely). What was
+started is ended, and the scratch removed, also on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_train.drill.report import facts_of, lines_of
 from dist_train.errors import ExitCode
 
 Json = Any
-_CODES = {"pass": ExitCode.OK, "differ": ExitCode.ERROR, "cannot": ExitCode.USAGE}
+_CODES = {"pass": ExitCode.OK, "differ": ExitCode.ERROR, "cannot": ExitCode.USAGE, "unsafe": ExitCode.USAGE}
 
 
 def add_commands(add: AddCommand) -> None:
@@ -75,7 +75,7 @@ def _drill(args: argparse.Namespace) -> int:
             print_json(facts_of(order, outcome, kept))
         else:
             print_lines([*lines_of(order, outcome), *([f"      Kept: {kept}"] if kept else [])])
-        return ExitCode.ERROR if outcome.touched else _CODES[outcome.verdict]
+        return _CODES[outcome.verdict]
     finally:
         console.end_live()
         if not args.keep:

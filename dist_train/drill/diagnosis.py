@@ -9,16 +9,17 @@ learning rate, weights), so that what is named is a cause and not one of its con
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from dist_train.drill.records import Life, Records
+from dist_train.drill.records import Life, Records, shown_names
 
 Json = Any
-SEED, ORDER, AUGMENTATION, KERNEL, OUTSIDE = (
+SEED, ORDER, AUGMENTATION, RATE, KERNEL, OUTSIDE = (
     "seed",
     "data order",
     "augmentation",
+    "learning rate",
     "kernel",
     "state outside the checkpoint",
 )
@@ -31,6 +32,8 @@ class Difference:
     """The first thing that is not equal."""
 
     run: str
+    shown: str = ""
+    """The run's name for people, where the script has several; empty for one alone."""
     rank: int
     attempt: int
     step: int
@@ -75,7 +78,8 @@ def first_difference(plain: Records, other: Records, *, twin: Records | None = N
         if (difference := _compare_life(name, _of_rank(lives, life.rank), life, twin)) is not None
     ]
     order = min(found, key=lambda one: (one.attempt, one.step, one.rank), default=None)
-    return order or _missing(plain, other)
+    first = order or _missing(plain, other)
+    return replace(first, shown=shown_names(plain)[first.run]) if first and len(plain) > 1 else first
 
 
 def _of_rank(lives: Sequence[Life], rank: int) -> Life:
@@ -178,11 +182,11 @@ def _around(life: Life, step: int) -> dict[str, str]:
 
 def diagnose_twins(difference: Difference) -> Diagnosis:
     """Of two uninterrupted runs of the same command."""
-    at = f"at step {difference.step}{_on_rank(difference)}"
+    at = f"at step {difference.step}{_where(difference)}"
     if difference.what == "begin":
         return Diagnosis(
             cause=SEED,
-            sentence=f"Two uninterrupted runs begin with different weights: {difference.tensor} differs at step 0.",
+            sentence=f"Two uninterrupted runs begin with different weights: {difference.tensor} differs {at}.",
             advice="Call dt.seed_everything(seed) before the model is built.",
         )
     if difference.what == "samples":
@@ -209,8 +213,16 @@ def diagnose_twins(difference: Difference) -> Diagnosis:
     if difference.what == "steps":
         return Diagnosis(
             cause=ORDER,
-            sentence=f"Two uninterrupted runs do not make the same steps: {difference.expected}, {difference.found}.",
+            sentence=f"Two uninterrupted runs do not make the same steps{_where(difference)}: "
+            f"{difference.expected}, {difference.found}.",
             advice="Let the number of steps depend on nothing but the data and the settings.",
+        )
+    if difference.what == "lr":
+        return Diagnosis(
+            cause=RATE,
+            sentence=f"Two uninterrupted runs have another learning rate {at}, {_rates(difference)}, though all before "
+            "it is the same: it depends on something else than the step, such as the clock, a file or randomness.",
+            advice="Compute the rate from run.global_step, or with a scheduler that is given to the Run (scheduler=).",
         )
     return Diagnosis(
         cause=KERNEL,
@@ -226,18 +238,14 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
     """Of an interrupted run, whose uninterrupted twins agree."""
     after = f"the first step after a resume at step {difference.resumed_at}"
     first = difference.step == difference.resumed_at + 1 and difference.resumed_at > 0
-    at = f"At step {difference.step}{_on_rank(difference)}{f', {after},' if first else ''}"
+    at = f"At step {difference.step}{_where(difference)}{f', {after},' if first else ''}"
     if difference.what == "begin":
-        return Diagnosis(
-            cause=OUTSIDE,
-            sentence=f"{difference.tensor} is not what it was when the checkpoint of step {difference.step} was saved"
-            f"{_on_rank(difference)}: something changed it between the restore and the first step.",
-            advice="Change no weights before the loop once run.resumed_from is set.",
-        )
+        return _diagnose_beginning(difference)
     if difference.what == "steps":
         return Diagnosis(
             cause=OUTSIDE,
-            sentence=f"The interrupted run does not make the same steps: {difference.expected}, {difference.found}.",
+            sentence=f"The interrupted run does not make the same steps{_where(difference)}: "
+            f"{difference.expected}, {difference.found}.",
             advice="Let run.epochs() count, and the number of steps depend on nothing but data and settings.",
         )
     if difference.what == "samples":
@@ -265,11 +273,30 @@ def diagnose_resume(difference: Difference) -> Diagnosis:
     if difference.what == "lr":
         return Diagnosis(
             cause=OUTSIDE,
-            sentence=f"{at} the learning rate is {_plain(difference.found)} instead of {_plain(difference.expected)}: "
-            f"what decides it is in no checkpoint.{_suspects(difference)}",
+            sentence=f"{at} the learning rate is {_rates(difference)}: what "
+            f"decides it is in no checkpoint.{_suspects(difference)}",
             advice="Give the Run the scheduler (scheduler=), or compute the rate from run.global_step.",
         )
     return _diagnose_result(difference, at)
+
+
+def _diagnose_beginning(difference: Difference) -> Diagnosis:
+    """The weights are others before a life's first step."""
+    if difference.resumed_at > 0:
+        return Diagnosis(
+            cause=OUTSIDE,
+            sentence=f"{difference.tensor} is not what it was when the checkpoint of step {difference.step}"
+            f"{_where(difference)} was saved: something changed it between the restore and the first step.",
+            advice="Change no weights before the loop once run.resumed_from is set.",
+        )
+    run = difference.shown or "the run"
+    return Diagnosis(
+        cause=SEED,
+        sentence=f"Life {difference.attempt} of {run} had no checkpoint to go on from, began afresh at step 0, and "
+        f"built a model with other weights than the uninterrupted run: {difference.tensor} differs. What decides them "
+        "depends on what the script did before: on a Run before it that a restart does not train again, or on a file.",
+        advice="Call dt.seed_everything(seed) right before each model is built, also before the second of a script.",
+    )
 
 
 def _diagnose_result(difference: Difference, at: str) -> Diagnosis:
@@ -293,8 +320,9 @@ def _diagnose_result(difference: Difference, at: str) -> Diagnosis:
     )
 
 
-def _on_rank(difference: Difference) -> str:
-    return f" on rank {difference.rank}" if difference.rank else ""
+def _where(difference: Difference) -> str:
+    of_run = f" of {difference.shown}" if difference.shown else ""
+    return of_run + (f" on rank {difference.rank}" if difference.rank else "")
 
 
 def _result(difference: Difference) -> str:
@@ -337,13 +365,17 @@ def _suspects(difference: Difference) -> str:
 
 
 def _shortened(one: str, other: str) -> tuple[str, str]:
-    """Numbers as people read them, unless that would make them equal."""
+    """Numbers as people read them, unless that would make different ones equal."""
     try:
         short = f"{float(one):.6g}", f"{float(other):.6g}"
     except (TypeError, ValueError):
         return one, other
-    return short if short[0] != short[1] else (one, other)
+    return short if short[0] != short[1] or one == other else (one, other)
 
 
-def _plain(rates: Json) -> str:
-    return ", ".join(f"{one:.6g}" for one in rates) if isinstance(rates, list) else str(rates)
+def _rates(difference: Difference) -> str:
+    there, here = difference.expected, difference.found
+    if not (isinstance(there, list) and isinstance(here, list)) or len(there) != len(here):
+        return f"{here} instead of {there}"
+    pairs = [_shortened(str(one), str(other)) for one, other in zip(there, here, strict=True)]
+    return f"{', '.join(other for _, other in pairs)} instead of {', '.join(one for one, _ in pairs)}"

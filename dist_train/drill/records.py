@@ -12,6 +12,7 @@ from typing import Any
 
 Json = Any
 RECORDS = "records"
+_APART = re.compile(r"-[0-9a-f]{6}$")
 _NAME = re.compile(r"a(\d+)-r(\d+)\.jsonl")
 
 
@@ -55,6 +56,12 @@ def _lines(path: Path) -> Iterator[Json]:
             yield json.loads(text)
         except ValueError:
             continue
+
+
+def shown_names(records: Records) -> dict[str, str]:
+    """Each run as people know it: its directory's name, without what keeps equal ones apart in scratch."""
+    short = {name: _APART.sub("", name) for name in records}
+    return {name: one if list(short.values()).count(one) == 1 else name for name, one in short.items()}
 
 
 def last_step(records: Records) -> int:

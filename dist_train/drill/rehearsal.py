@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from dist_train.drill.arrival import when_imported
-from dist_train.drill.untouched import fingerprint
+from dist_train.drill.untouched import listing
 
 Json = Any
 VARIABLE: Final = "DIST_TRAIN_DRILL"
@@ -69,7 +69,7 @@ class Rehearsal:
         """Once a run directory: how it was before anything of the script could touch it."""
         if any(place["name"] == name for place in read_places(self.folder)):
             return
-        note = {"name": name, "original": original, "fingerprint": fingerprint(Path(original))}
+        note = {"name": name, "original": original, "files": listing(Path(original))}
         with open(Path(self.folder, PLACES), "a") as file:
             file.write(json.dumps(note) + "\n")
 

@@ -1,16 +1,17 @@
 """The drill: a script uninterrupted, its twin, and the same with faults; then what differs, and why.
 
-    conduct(order) -> Outcome       pass: all is equal; differ: with a diagnosis; cannot: it says why
+    conduct(order) -> Outcome       pass: all is equal; differ: with a diagnosis; cannot, unsafe: it says why
 
-Invariant: the script is run as it is, in the directory of the user's, and its run directories are not touched. All of
-it, processes and scratch, is gone when it is over, unless the scratch is asked for.
+Invariant: the script is run as it is, in the directory of the user's, and what its Runs write does not touch its run
+directories; a script that writes there by itself is not run again once that is seen. All of it, processes and scratch,
+is gone when it is over, unless the scratch is asked for.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,7 +30,7 @@ from dist_train.drill.lives import Ended, command_of, run_life
 from dist_train.drill.records import RECORDS, Records, last_step, read_records, slowest_step_seconds
 from dist_train.drill.rehearsal import RUNS, Rehearsal, read_places
 from dist_train.drill.scenario import NAMES, Course, plan_faults
-from dist_train.drill.untouched import fingerprint, listing
+from dist_train.drill.untouched import changed, is_own_output, listing
 from dist_train.drill.uses import mentions_dist_train
 
 Json = Any
@@ -43,6 +44,7 @@ _SLOWER: Final = 10.0
 """How much slower than the slowest uninterrupted step a step may be before it counts as stuck."""
 _SPARE_LIVES: Final = 5
 _SHOW_SECONDS: Final = 0.3
+_MOST_SHOWN: Final = 5
 
 Say = Callable[[str], None]
 
@@ -90,9 +92,9 @@ class Rehearsed:
 class Outcome:
     """What came of it."""
 
-    verdict: Literal["pass", "differ", "cannot"]
+    verdict: Literal["pass", "differ", "cannot", "unsafe"]
     reason: str = ""
-    """Why it cannot be drilled, or what failed; several lines."""
+    """Why it cannot be drilled (safely), or what failed; several lines."""
     plain: Rehearsed | None = None
     twin: Rehearsed | None = None
     faulted: Rehearsed | None = None
@@ -106,15 +108,19 @@ class Outcome:
     """Tensors of the newest checkpoints."""
     unseeded: Sequence[str] = ()
     """Random generators that the script leaves to chance and draws nothing from."""
-    touched: Sequence[str] = ()
-    """Run directories of the user's that are not as they were; there must be none."""
+    touched: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Run directories of the user's that are not as they were, with their files that changed."""
     places: Sequence[str] = ()
-    written: Sequence[str] = ()
-    """Other files that the script wrote in the working directory."""
+    changed: Sequence[str] = ()
+    """Files below the working directory that changed meanwhile, whoever did it."""
 
 
 class _CannotDrillError(Exception):
     """The script cannot be drilled; the message says why."""
+
+
+class _UnsafeError(Exception):
+    """Something writes into the user's run directories; the message says what and where."""
 
 
 class _RestartFailedError(Exception):
@@ -145,7 +151,9 @@ class Drill:
         try:
             outcome = self._rehearse()
         except _CannotDrillError as error:
-            return Outcome(verdict="cannot", reason=str(error))
+            outcome = Outcome(verdict="cannot", reason=str(error))
+        except _UnsafeError as error:
+            outcome = Outcome(verdict="unsafe", reason=str(error))
         return self._with_the_users_files(outcome, before)
 
     def _rehearse(self) -> Outcome:
@@ -191,6 +199,8 @@ class Drill:
             raise _CannotDrillError("the run made no step: there is nothing to interrupt")
         if unfinished := [name for name, status in _statuses(run).items() if status not in FINISHED]:
             raise _CannotDrillError(f"the uninterrupted run did not finish {', '.join(unfinished)}")
+        if touched := touched_directories(self._scratch / "plain"):
+            raise _UnsafeError(_why_unsafe(touched))
         self._say(f"  {name:<15} {last_step(run.records)} steps, {_saves(run)} saves, {run.seconds:.1f} s")
         return run
 
@@ -265,17 +275,17 @@ class Drill:
 
     def _with_the_users_files(self, outcome: Outcome, before: dict[str, str]) -> Outcome:
         """What became of the user's directories meanwhile."""
-        places = read_places(self._scratch / "plain")
-        touched = [
-            place["original"] for place in places if fingerprint(Path(place["original"])) != place["fingerprint"]
+        plain, scratch = self._scratch / "plain", self._scratch.resolve()
+        names = [
+            name
+            for name in changed(before, listing(Path.cwd(), contents=False))
+            if not Path(name).resolve().is_relative_to(scratch) and not is_own_output(name)
         ]
-        after = listing(Path.cwd(), contents=False)
-        written = [name for name in after if after[name] != before.get(name)]
-        written += [name for name in before if name not in after]
-        scratch = self._scratch.resolve()
-        written = [name for name in written if not Path(name).resolve().is_relative_to(scratch)]
+        touched = touched_directories(plain)
+        if touched and outcome.verdict == "pass":
+            outcome = replace(outcome, verdict="unsafe", reason=_why_unsafe(touched))
         return replace(
-            outcome, touched=touched, places=[place["original"] for place in places], written=sorted(written)
+            outcome, touched=touched, places=[place["original"] for place in read_places(plain)], changed=names
         )
 
 
@@ -343,6 +353,24 @@ def _deviations(one: Rehearsed, other: Rehearsed, unseeded: Sequence[str]) -> tu
 
 
 # Reading what a run left
+
+
+def touched_directories(folder: Path) -> dict[str, list[str]]:
+    """Run directories that are not as they were when a rehearsal first asked for them, and what of them changed."""
+    found = {
+        place["original"]: changed(place["files"], listing(Path(place["original"]))) for place in read_places(folder)
+    }
+    return {original: names for original, names in found.items() if names}
+
+
+def _why_unsafe(touched: Mapping[str, Sequence[str]]) -> str:
+    places = [f"{', '.join(names[:_MOST_SHOWN])} in {original}" for original, names in touched.items()]
+    return (
+        f"its run directory was written to past the Run: {'; '.join(places)}. The drill redirects what a Run "
+        "writes and nothing else, so that the script itself (or another process, which trains there) did that, and "
+        "every life would do it again. Let the script write below run.run_dir, which is scratch in a drill, or drill "
+        "it with another run directory."
+    )
 
 
 def _read_lines(path: Path) -> list[Json]:

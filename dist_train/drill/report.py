@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_train.drill.faults import Fired
-from dist_train.drill.records import Records, epochs_ended, last_step
+from dist_train.drill.records import Life, Records, epochs_ended, last_step, shown_names
 from dist_train.drill.rehearse import Order, Outcome, Rehearsed
 from dist_train.drill.scenario import NAMES
 from dist_train.drill.uses import LINES_TO_ADD
 
 Json = Any
 _MOST_DEVIATIONS = 3
-_MOST_WRITTEN = 5
+_MOST_CHANGED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,10 @@ class Restart:
     """What a fault cost."""
 
     fired: Fired
+    run: str
+    """The run that it met, by its name in the records; empty where it came before any had begun."""
     back_at: int | None
-    """The step that the next life began at; None where training went on, or never came back."""
+    """The step that the next life of this run began at; None where training went on, or never came back."""
     seconds: float | None
     """From the fault to the next life's first step."""
 
@@ -36,28 +38,46 @@ class Restart:
 
 
 def restarts_of(fired: Sequence[Fired], records: Records) -> list[Restart]:
-    """Each fault with the life that came after it."""
-    lives = sorted((life for one in records.values() for life in one if life.begin), key=lambda life: life.begin["at"])
+    """Each fault with the life of the same run that came after it: a script may have several runs, one by one."""
     found = []
     for one in fired:
-        after = [life for life in lives if life.begin["at"] > one.at and life.steps]
+        run = _run_at(one.at, records)
+        lives = records[run] if run else [life for of_run in records.values() for life in of_run]
+        after = [life for life in lives if life.begin and life.begin["at"] > one.at and life.steps]
         if one.kind == "fail_io" or not after:
-            found.append(Restart(fired=one, back_at=None, seconds=None))
+            found.append(Restart(fired=one, run=run, back_at=None, seconds=None))
         else:
-            first = min(line["at"] for line in after[0].steps.values())
-            found.append(Restart(fired=one, back_at=after[0].began_at, seconds=first - one.at))
+            life = min(after, key=lambda life: float(life.begin["at"]))
+            first = min(line["at"] for line in life.steps.values())
+            found.append(Restart(fired=one, run=run, back_at=life.began_at, seconds=first - one.at))
     return found
+
+
+def _run_at(at: float, records: Records) -> str:
+    """The run that wrote the last record before a moment."""
+    last = {name: max((time for life in lives for time in _times(life) if time <= at), default=0.0)
+            for name, lives in records.items()}  # fmt: skip
+    name = max(last, key=lambda name: last[name], default="")
+    return name if name and last[name] else ""
+
+
+def _times(life: Life) -> Iterator[float]:
+    if life.begin:
+        yield life.begin["at"]
+    yield from (line["at"] for line in life.steps.values())
 
 
 def lines_of(order: Order, outcome: Outcome) -> Iterator[str]:
     """For a terminal."""
     name = " ".join(order.script)
-    if outcome.verdict == "cannot":
+    if outcome.verdict in ("cannot", "unsafe"):
         yield from _lines_of_cannot(name, outcome)
+        yield from _lines_of_files(outcome)
         return
     if outcome.fired and outcome.faulted:
         yield ""
-        yield from _table(restarts_of(outcome.fired, outcome.faulted.records))
+        records = outcome.faulted.records
+        yield from _table(restarts_of(outcome.fired, records), shown_names(records))
     if outcome.plain:
         yield ""
         yield from _costs(outcome)
@@ -67,6 +87,10 @@ def lines_of(order: Order, outcome: Outcome) -> Iterator[str]:
 
 
 def _lines_of_cannot(name: str, outcome: Outcome) -> Iterator[str]:
+    if outcome.verdict == "unsafe":
+        yield f"CANNOT BE DRILLED SAFELY  {name}"
+        yield from _wrapped(f"{outcome.reason[:1].upper()}{outcome.reason[1:]}")
+        return
     unused = outcome.reason.endswith(("does not use dist_train", "never entered a Run"))
     reason = f"it {outcome.reason}" if outcome.reason.startswith("never") else outcome.reason
     yield f"CANNOT BE DRILLED  {name}: {reason}"
@@ -76,8 +100,11 @@ def _lines_of_cannot(name: str, outcome: Outcome) -> Iterator[str]:
         yield from LINES_TO_ADD.splitlines()
 
 
-def _table(restarts: Sequence[Restart]) -> Iterator[str]:
-    rows = [("fault", "step", "while", "rank", "went on from", "trained again", "first step after")]
+def _table(restarts: Sequence[Restart], runs: Mapping[str, str]) -> Iterator[str]:
+    """With a column for the run, where the script has several."""
+    rows: list[tuple[str, ...]] = [
+        ("fault", "run", "step", "while", "rank", "went on from", "trained again", "first step after")
+    ]
     for one in restarts:
         fired = one.fired
         moment = "a save" if fired.phase.startswith("write ") else fired.phase.replace("_", " ")
@@ -85,6 +112,7 @@ def _table(restarts: Sequence[Restart]) -> Iterator[str]:
         rows.append(
             (
                 NAMES.get(fired.kind, fired.kind.replace("_", " ")),
+                runs.get(one.run, "-"),
                 str(fired.global_step),
                 moment,
                 str(fired.rank),
@@ -93,6 +121,8 @@ def _table(restarts: Sequence[Restart]) -> Iterator[str]:
                 "-" if one.seconds is None else f"{one.seconds:.1f} s",
             )
         )
+    if len(runs) < 2:
+        rows = [row[:1] + row[2:] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -158,12 +188,12 @@ def _lines_of_difference(name: str, outcome: Outcome) -> Iterator[str]:
 def _lines_of_files(outcome: Outcome) -> Iterator[str]:
     for place in outcome.places:
         shown = os.path.relpath(place) if place.startswith(os.getcwd() + os.sep) else place
-        state = "CHANGED, which a drill must never do" if place in outcome.touched else "untouched"
+        state = "CHANGED, not by a Run" if place in outcome.touched else "untouched"
         yield f"      Run directory {shown}: {state}."
-    if outcome.written:
-        names = ", ".join(outcome.written[:_MOST_WRITTEN])
-        more = len(outcome.written) - _MOST_WRITTEN
-        yield f"      The script itself wrote here: {names}{f' and {more} more' if more > 0 else ''}."
+    if outcome.changed:
+        names = ", ".join(outcome.changed[:_MOST_CHANGED])
+        more = len(outcome.changed) - _MOST_CHANGED
+        yield f"      Changed meanwhile below this directory: {names}{f' and {more} more' if more > 0 else ''}."
 
 
 def facts_of(order: Order, outcome: Outcome, scratch: str | None) -> Json:
@@ -177,7 +207,13 @@ def facts_of(order: Order, outcome: Outcome, scratch: str | None) -> Json:
         "steps": last_step(outcome.plain.records) if outcome.plain else 0,
         "lives": len(outcome.faulted.ended) if outcome.faulted else 0,
         "faults": [
-            {**asdict(one.fired), "resumed_at": one.back_at, "restart_seconds": one.seconds, "steps_lost": one.lost}
+            {
+                **asdict(one.fired),
+                "run": one.run,
+                "resumed_at": one.back_at,
+                "restart_seconds": one.seconds,
+                "steps_lost": one.lost,
+            }
             for one in restarts_of(outcome.fired, records)
         ],
         "faults_missed": [fault.describe() for fault in outcome.plan.missed()] if outcome.plan else [],
@@ -191,7 +227,7 @@ def facts_of(order: Order, outcome: Outcome, scratch: str | None) -> Json:
         "save_seconds": [one["seconds"] for one in saves],
         "run_directories": list(outcome.places),
         "run_directories_touched": list(outcome.touched),
-        "files_written": list(outcome.written),
+        "files_changed": list(outcome.changed),
         "scratch": scratch,
     }
 
@@ -204,7 +240,10 @@ def _training_seconds(run: Rehearsed) -> float:
 def _wrapped(text: str, width: int = 108) -> Iterator[str]:
     import textwrap
 
-    yield from textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+    # Paths and options stay whole: they are copied from here.
+    yield from textwrap.wrap(
+        text, width, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _count(number: int, word: str, plural: str = "") -> str:

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 SMALL_BYTES: Final = 1 << 20
 MOST_FILES: Final = 50_000
 _IGNORED: Final = frozenset({".git", "__pycache__", ".venv", "node_modules", ".ipynb_checkpoints"})
-
-
-def fingerprint(directory: Path) -> dict[str, Any]:
-    """`files`, their number, and one `digest` over all; `exists` is False where there is nothing."""
-    found = listing(directory)
-    digest = hashlib.sha256(repr(sorted(found.items())).encode())
-    return {"exists": os.path.lexists(directory), "files": len(found), "digest": digest.hexdigest()}
 
 
 def listing(directory: Path, *, contents: bool = True) -> dict[str, str]:
@@ -34,6 +29,23 @@ def listing(directory: Path, *, contents: bool = True) -> dict[str, str]:
             path = os.path.join(folder, name)
             found[os.path.relpath(path, directory)] = _describe(path, contents)
     return found
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """What two listings do not share: changed, made or removed."""
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def is_own_output(path: str | Path) -> bool:
+    """Whether this process's stdout or stderr goes to that file."""
+    for stream in (1, 2):
+        try:
+            facts = os.fstat(stream)
+            if stat.S_ISREG(facts.st_mode) and os.path.samestat(facts, os.stat(path)):
+                return True
+        except OSError:
+            continue
+    return False
 
 
 def _describe(path: str, contents: bool) -> str:

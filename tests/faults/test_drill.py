@@ -55,7 +55,7 @@ def test_a_sound_script_passes_and_its_directory_is_untouched(folder: Path) -> N
     assert found["tensors_compared"] >= 12
     assert len(found["save_stall_seconds"]) >= 12
     assert found["run_directories"] == [str(folder / "runs" / "sound")]
-    assert (found["run_directories_touched"], found["files_written"]) == ([], [])
+    assert (found["run_directories_touched"], found["files_changed"]) == ([], [])
     assert [path.name for path in (folder / "runs").iterdir()] == ["mine.txt"]
 
 
@@ -94,6 +94,22 @@ def test_what_cannot_be_drilled_is_told_why(folder: Path, text: str, words: str)
     outcome = drill(folder, "--", "train.py")
     assert outcome.returncode == 2
     assert words in " ".join(outcome.output.split())
+
+
+def test_a_script_that_writes_into_its_run_directory_is_run_once_and_told(folder: Path) -> None:
+    text = (SCRIPTS / "sound.py").read_text().replace(
+        "        for _ in run.epochs(args.epochs):",
+        "        open('runs/sound/mine.log', 'a').write('begun')\n        for _ in run.epochs(args.epochs):",
+    )  # fmt: skip
+    (folder / "train.py").write_text(text)
+    (folder / "runs" / "sound").mkdir(parents=True)
+    outcome = drill(folder, "--steps", "4", "--kills", "1", "--", "train.py")
+    assert outcome.returncode == 2
+    said = " ".join(outcome.output.split())
+    assert "CANNOT BE DRILLED SAFELY train.py" in said
+    assert f"past the Run: mine.log in {folder}/runs/sound. " in said
+    assert "PASS" not in said
+    assert (folder / "runs" / "sound" / "mine.log").read_text() == "begun"
 
 
 def test_a_script_that_makes_no_step_is_not_waited_for_without_end(folder: Path) -> None:

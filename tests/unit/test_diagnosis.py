@@ -11,13 +11,14 @@ from dist_train.drill.diagnosis import (
     KERNEL,
     ORDER,
     OUTSIDE,
+    RATE,
     SEED,
     diagnose_resume,
     diagnose_twins,
     first_difference,
     unseeded_generators,
 )
-from dist_train.drill.records import Life, Records
+from dist_train.drill.records import Life, Records, shown_names
 
 Json = Any
 
@@ -98,6 +99,8 @@ def test_steps_that_were_never_made_are_a_difference() -> None:
         ({3: step(3, {"rng": rng(3, torch="x"), "loss": "9"})}, SEED, "The random generator of torch stands elsewhere"),
         ({3: step(3, {"loss": "0.7"})}, KERNEL, "another loss (0.7 instead of 0.3) at step 3 from the same batch"),
         ({3: step(3, weights={"a": "a3", "b": "x"})}, KERNEL, "another value of b at step 3"),
+        ({3: step(3, lr=[0.5], weights={"a": "x"})}, RATE, "at step 3, 0.5 instead of 0.1, though all before it is"),
+        ({3: step(3, lr=[0.10000000000123])}, RATE, "at step 3, 0.10000000000123 instead of 0.1, though"),
     ],
 )
 def test_twins_that_differ_are_told_why(changed: dict[int, Json], cause: str, words: str) -> None:
@@ -186,3 +189,36 @@ def test_without_batches_a_variable_is_looked_for_where_the_life_began() -> None
     found = first_difference(before, other, twin=before)
     assert found is not None
     assert found.suspects == (("count", "3", "0"),)
+
+
+def test_a_second_run_that_begins_afresh_with_other_weights_is_not_told_of_a_checkpoint() -> None:
+    one: Records = {"runs_a-0a1b2c": [life(1, 9)], "runs_b-3d4e5f": [life(1, 9)]}
+    other: Records = {"runs_a-0a1b2c": [life(1, 9)], "runs_b-3d4e5f": [life(1, 9, 2, weights={"a": "x", "b": "b0"})]}
+    found = first_difference(one, other)
+    assert found is not None
+    assert (found.run, found.shown, found.resumed_at) == ("runs_b-3d4e5f", "runs_b", 0)
+    diagnosis = diagnose_resume(found)
+    assert diagnosis.cause == SEED
+    assert "Life 2 of runs_b had no checkpoint to go on from, began afresh at step 0" in diagnosis.sentence
+    assert "checkpoint of step" not in diagnosis.sentence
+    assert "before each model is built" in diagnosis.advice
+
+
+def test_the_run_is_named_where_a_script_has_several() -> None:
+    one: Records = {"x-0a1b2c": [life(1, 9)], "y-3d4e5f": [life(1, 9)]}
+    other: Records = {"x-0a1b2c": [life(1, 9)], "y-3d4e5f": resumed({4: step(4, lr=[0.5])})["run"]}
+    found = first_difference(one, other)
+    assert found is not None
+    assert "At step 4 of y, the first step after a resume at step 3, the" in diagnose_resume(found).sentence
+    assert "learning rate at step 4 of y, 0.5" in diagnose_twins(found).sentence
+    missing = first_difference(one, {"x-0a1b2c": [life(1, 9)], "y-3d4e5f": [life(1, 7)]})
+    assert missing is not None
+    assert "does not make the same steps of y: 9, 7" in diagnose_resume(missing).sentence
+
+
+def test_runs_of_one_name_keep_what_tells_them_apart() -> None:
+    assert shown_names({"x-0a1b2c": [], "x-3d4e5f": [], "y-0a1b2c": []}) == {
+        "x-0a1b2c": "x-0a1b2c",
+        "x-3d4e5f": "x-3d4e5f",
+        "y-0a1b2c": "y",
+    }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,21 +19,22 @@ from torch import nn
 from dist_train import cli
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.drill.arrival import when_imported
-from dist_train.drill.diagnosis import AUGMENTATION, KERNEL, ORDER, OUTSIDE, SEED
+from dist_train.drill.diagnosis import AUGMENTATION, KERNEL, ORDER, OUTSIDE, RATE, SEED
 from dist_train.drill.digests import digest_of, digests_of_generators, digests_of_models, surroundings
 from dist_train.drill.faults import KINDS, MOMENTS, Fired
-from dist_train.drill.records import read_records
+from dist_train.drill.records import Life, read_records, shown_names
 from dist_train.drill.rehearsal import Rehearsal, read_places
-from dist_train.drill.report import restarts_of
+from dist_train.drill.rehearse import Order, Outcome, touched_directories
+from dist_train.drill.report import _table, lines_of, restarts_of
 from dist_train.drill.scenario import Course, plan_faults
 from dist_train.drill.twins import differences_of_runs
-from dist_train.drill.untouched import fingerprint, listing
+from dist_train.drill.untouched import changed, listing
 from dist_train.drill.uses import mentions_dist_train
 from dist_train.options import RunOptions
 from tests.support.launch import ROOT
 from tests.support.small_run import SmallRun
 
-CAUSES = (SEED, ORDER, AUGMENTATION, KERNEL, OUTSIDE, "evaluation")
+CAUSES = (SEED, ORDER, AUGMENTATION, RATE, KERNEL, OUTSIDE, "evaluation")
 COURSE = Course(last_step=40, save_every=4, saves_within_epochs=(4, 8, 12, 24, 28))
 
 
@@ -130,16 +133,50 @@ def test_variables_of_the_script_are_seen_but_for_what_a_checkpoint_holds() -> N
 
 def test_a_directory_is_known_again_by_every_byte_name_and_time(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert fingerprint(run_dir) == {"exists": False, "files": 0, "digest": fingerprint(tmp_path / "other")["digest"]}
+    assert listing(run_dir) == {}
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "checkpoints" / "a").write_bytes(b"1")
-    before = fingerprint(run_dir)
-    assert before == fingerprint(run_dir)
+    before = listing(run_dir)
+    assert list(before) == ["checkpoints/a"]
+    assert changed(before, listing(run_dir)) == []
     facts = os.stat(run_dir / "checkpoints" / "a")
     (run_dir / "checkpoints" / "a").write_bytes(b"2")
     os.utime(run_dir / "checkpoints" / "a", ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    assert fingerprint(run_dir) != before
-    assert list(listing(run_dir)) == ["checkpoints/a"]
+    (run_dir / "b").write_bytes(b"")
+    assert changed(before, listing(run_dir)) == changed(listing(run_dir), before) == ["b", "checkpoints/a"]
+
+
+def test_where_the_drills_own_output_goes_is_known(tmp_path: Path) -> None:
+    program = "from dist_train.drill.untouched import is_own_output as own; print([own(one) for one in 'abc'])"
+    (tmp_path / "b").touch()
+    with (tmp_path / "a").open("w") as file:
+        subprocess.run(
+            [sys.executable, "-c", program], stdout=file, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=60, check=True,
+        )  # fmt: skip
+    assert (tmp_path / "a").read_text() == "[True, False, False]\n"
+
+
+def test_what_was_written_past_the_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    rehearsal = Rehearsal(folder=str(tmp_path / "scratch"), max_steps=5, save_every=1, log_every=1)
+    (tmp_path / "scratch").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        rehearsal.redirect(tmp_path / name)
+    assert touched_directories(tmp_path / "scratch") == {}
+    (tmp_path / "x" / "mine.log").write_text("past the Run")
+    touched = touched_directories(tmp_path / "scratch")
+    assert touched == {str(tmp_path / "x"): ["mine.log"]}
+    outcome = Outcome(
+        verdict="unsafe", reason="so.", touched=touched, places=[str(tmp_path / "x"), str(tmp_path / "y")],
+        changed=["x/mine.log"],
+    )  # fmt: skip
+    lines = "\n".join(lines_of(Order(script=["train.py"]), outcome))
+    assert "CANNOT BE DRILLED SAFELY  train.py" in lines
+    assert f"{tmp_path / 'x'}: CHANGED, not by a Run." in lines
+    assert f"{tmp_path / 'y'}: untouched." in lines
+    assert "Changed meanwhile below this directory: x/mine.log." in lines
 
 
 def test_run_directories_are_redirected_once_and_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +240,25 @@ def test_a_restart_is_measured_from_the_fault_to_the_next_lifes_first_step(tmp_p
     went_on, restarted = restarts_of(fired, read_records(tmp_path))
     assert (went_on.back_at, went_on.seconds, went_on.lost) == (None, None, 0)
     assert (restarted.back_at, restarted.seconds, restarted.lost) == (3, 7.0, 2)
+
+
+def test_a_restart_goes_on_in_the_run_that_the_fault_met() -> None:
+    def life(attempt: int, began_at: int, at: float) -> Life:
+        return Life(
+            attempt, 0, {"step": began_at, "at": at}, {began_at + 1: {"at": at + 1}, began_at + 2: {"at": at + 2}}
+        )
+
+    records = {"a-0a1b2c": [life(1, 0, 10), life(2, 2, 20)], "b-3d4e5f": [life(1, 0, 30), life(2, 1, 40)]}
+    usual: dict[str, Any] = {"number": 0, "kind": "kill", "rank": 0, "attempt": 1, "global_step": 2, "phase": "step"}
+    fired = [Fired(**usual, at=at) for at in (5.0, 13.0, 23.0, 33.0)]
+    found = restarts_of(fired, records)
+    assert [one.run for one in found] == ["", "a-0a1b2c", "a-0a1b2c", "b-3d4e5f"]
+    assert [one.back_at for one in found] == [0, 2, None, 1]
+    rows = list(_table(found, shown_names(records)))
+    assert rows[0].split()[:3] == ["fault", "run", "step"]
+    assert rows[4].split()[:3] == ["SIGKILL", "b", "2"]
+    assert "step 1" in rows[4]
+    assert "run" not in next(iter(_table(found[:1], {"a-0a1b2c": "a"}))).split()
 
 
 def test_what_differs_of_two_runs_is_named_with_the_weights_first(tmp_path: Path) -> None:
