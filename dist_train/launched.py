@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -29,6 +30,7 @@ PROGRESS_SECONDS = 0.25
 """Between notes of steps that committed nothing."""
 
 _noted: dict[str, Json] = {}
+_noting = threading.Lock()
 _progress_at = 0.0
 
 
@@ -70,12 +72,13 @@ def note(**fields: Json) -> None:
     folder = os.environ.get(LAUNCH_DIR)
     if folder is None or not is_worker() or all(_noted.get(key) == value for key, value in fields.items()):
         return
-    _noted.update(fields)
     rank = os.environ.get("RANK", "0")
-    body = {**_noted, "pid": os.getpid(), "rank": int(rank), "at": time.time()}
     path = Path(folder, f"rank-{rank}.json")
     draft = path.with_suffix(".tmp")
-    with contextlib.suppress(OSError):  # the launcher may have gone, with its folder
+    # Commits are noted by the writer's thread. The launcher may have gone, with its folder.
+    with _noting, contextlib.suppress(OSError):
+        _noted.update(fields)
+        body = {**_noted, "pid": os.getpid(), "rank": int(rank), "at": time.time()}
         draft.write_text(json.dumps(body))
         draft.replace(path)
 

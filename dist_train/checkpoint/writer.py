@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dist_train import phases
+from dist_train import launched, phases
 from dist_train.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST_NAME,
@@ -238,6 +238,7 @@ class Writer:
             receipts = [receipt, *self._collect(job)]
             phases.reach(Point.BEFORE_COMMIT)
             manifest = commit(self._store, self._ownership, job, receipts)
+            launched.note(committed_step=manifest.progress.global_step)  # whoever dies now has made progress
             phases.reach(Point.AFTER_COMMIT)
             done = Committed(path=f"{CHECKPOINTS}/{job.target}", manifest=manifest, seconds=time.monotonic() - started)
         except (OSError, DistTrainError) as error:
