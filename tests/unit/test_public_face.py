@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoint/writer.py:Writer.run": "`Writer.join` of its own, which has a deadline",
     "checkpoint/writer.py:Writer.close": "`Writer.join` of its own, which has a deadline",
     "boundary.py:Boundary.wait_for_save": "`Checkpointer.wait`, which is `Writer.join`",
+    "drill/injector.py:Injector._do": "`Checkpointer.wait`, which is `Writer.join`",
     "world.py:_StoreMailbox.take": "`get` after `wait` with a deadline: the key is there",
     "joining.py:_lead": "`get` after `check`: the keys are there",
     "joining.py:_follow": "`get` after `check`: the key is there",
