@@ -27,6 +27,8 @@ from dist_train import launched
 from dist_train.console import print_text
 from dist_train.errors import ExitCode
 
+THREADS_SECONDS = 30.0
+"""For threads of the script that are no daemons, after an error."""
 _BOOT = """
 import sys
 _, first, root, module, *arguments = sys.argv
@@ -99,16 +101,43 @@ def run_program(program: Program) -> int:
 
 
 def _leave(code: int, error: BaseException) -> NoReturn:
-    """What the interpreter does at its end, but for the taking apart."""
+    """What the interpreter does at its end, but for the taking apart, and for waiting for ever for a thread that is no
+    daemon: the launcher starts the workers again when this one has left.
+    """
     error.__traceback__ = _users_part(error.__traceback__)
     launched.note_error(error)
+    leaves = threading.Lock()  # is held by the one thread that ends this process
+
+    def leave_without_threads() -> None:
+        if leaves.acquire(blocking=False):
+            _say_who_stays(THREADS_SECONDS)
+            _end(code)
+
+    late = threading.Timer(THREADS_SECONDS, leave_without_threads)
+    late.daemon = True
+    late.start()
     internals: Any = threading
     internals._shutdown()  # waits for threads that are no daemons
+    if not leaves.acquire(blocking=False):
+        late.join(THREADS_SECONDS)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or a pipe that nobody reads
             stream.flush()
     os._exit(code)
+
+
+def _say_who_stays(seconds: float) -> None:
+    names = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    print_text(
+        f"Rank {os.environ.get('RANK', '0')} has failed and leaves without its threads {', '.join(names)}, which did "
+        f"not end within {seconds:g} s. Make them daemons, or end them when the training fails.",
+        error=True,
+    )
 
 
 def _code_of(error: SystemExit) -> int:

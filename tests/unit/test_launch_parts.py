@@ -12,10 +12,11 @@ import pytest
 
 from dist_train import launched
 from dist_train.cli import main
+from dist_train.cluster import folder as folder_module
 from dist_train.cluster import grace as grace_module
 from dist_train.cluster import launch as launch_module
 from dist_train.cluster.attempts import describe, merge, report_of_node
-from dist_train.cluster.folder import Folder
+from dist_train.cluster.folder import Folder, where
 from dist_train.cluster.gpus import Gpu
 from dist_train.cluster.grace import Grace, find_grace
 from dist_train.cluster.launch import LaunchOptions, _require_possible
@@ -289,15 +290,28 @@ def test_a_signal_ends_a_wait_that_is_not_for_workers() -> None:
 
 def test_the_folders_of_dead_launches_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    dead, foreign = tmp_path / "dist-train-launch-4194303-x", tmp_path / "dist-train-else"
-    alive = tmp_path / f"dist-train-launch-{os.getpid()}-x"
-    for path in (dead, foreign, alive):
+    dead, foreign = tmp_path / f"dist-train-launch-{where()}-4194303-x", tmp_path / "dist-train-else"
+    alive = tmp_path / f"dist-train-launch-{where()}-{os.getpid()}-x"
+    elsewhere = tmp_path / f"dist-train-launch-{'0' * len(where())}-4194303-x"
+    for path in (dead, foreign, alive, elsewhere):
         path.mkdir()
     folder = Folder()
-    assert [path.exists() for path in (dead, foreign, alive)] == [False, True, True]
+    assert [path.exists() for path in (dead, foreign, alive, elsewhere)] == [False, True, True, True]
+    assert folder.path.name.startswith(f"dist-train-launch-{where()}-{os.getpid()}-")
     assert folder.renew(3).is_dir()
     folder.remove()
     assert not folder.path.exists()
+
+
+def test_shared_memory_of_dead_processes_is_removed_and_none_of_who_has_their_ids_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "SHARED_MEMORY", tmp_path)
+    dead, other, alive = (tmp_path / f"torch_{pid}_1_0" for pid in (4194303, 4194302, os.getpid()))
+    for path in (dead, other, alive):
+        path.touch()
+    folder_module.remove_shared_memory([4194303, os.getpid()])
+    assert [path.exists() for path in (dead, other, alive)] == [False, True, True]
 
 
 def test_a_full_disk_costs_the_notes_of_an_attempt_and_not_the_launch(
