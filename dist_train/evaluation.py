@@ -3,14 +3,16 @@
     epoch's last update | evaluation: batches, cut by a rank that was told to leave | end_epoch: the ranks agree on it
                         '- EvaluationStart: random generators, schedules -------------- put back -> saved as pending
 
-Invariant: ranks that wait for each other between two batches of an evaluation are never parted: such an evaluation is
-not cut. What an evaluation changes besides (weights, registered objects) is the loop's to leave alone until
-`run.end_epoch`.
+Invariant: ranks that wait for each other between two batches of an evaluation are not parted: such an evaluation is
+not cut. That they do may show late (a collective each hundredth batch): where there are several ranks, one cuts only
+what it has seen whole before, never the first evaluation of a process. What an evaluation changes besides (weights,
+registered objects) is the loop's to leave alone until `run.end_epoch`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,28 +51,48 @@ def _settings(optimizer: Any) -> list[dict[str, Json]]:
 
 
 class Cut:
-    """Whether the evaluation in progress ends early on this rank."""
+    """Whether the evaluation in progress ends early on this rank.
 
-    def __init__(self) -> None:
+    Args:
+        several: whether there are other ranks, which this one must not be parted from.
+    """
+
+    def __init__(self, *, several: bool) -> None:
         self.start: EvaluationStart | None = None
         """Set where an epoch's training has ended."""
         self.is_made = False
         """This rank's evaluation did end early."""
         self._waits_for_others = False
+        self._loaders_begun = 0
+        self._loaders_seen = 0 if several else math.inf
+        """So many loaders of one evaluation were gone through until the loop was done with them."""
 
     def begin(self, start: EvaluationStart) -> None:
-        self.start, self.is_made = start, False
+        self.start, self.is_made, self._loaders_begun = start, False, 0
 
     def end(self) -> None:
         self.start, self.is_made = None, False
 
     def watched(self, batches: Iterator[Any], is_told: Callable[[], bool]) -> Iterator[Any]:
         """Batches of an evaluation, the first of them in any case: nobody must reduce nothing."""
+        if self.start is None:
+            yield from batches
+            return
         before = count_collectives()
-        for index, batch in enumerate(batches):
-            if index and self.start is not None:
-                self._waits_for_others |= before is None or count_collectives() != before
-                if not self._waits_for_others and is_told():
-                    self.is_made = True
-                    return
-            yield batch
+        self._loaders_begun += 1
+        number = self._loaders_begun
+        try:
+            for index, batch in enumerate(batches):
+                if index and self.start is not None:
+                    self._note_collectives(before)
+                    if number <= self._loaders_seen and not self._waits_for_others and is_told():
+                        self.is_made = True
+                        return
+                yield batch
+        finally:
+            if not self.is_made:
+                self._note_collectives(before)
+                self._loaders_seen = max(self._loaders_seen, number)
+
+    def _note_collectives(self, before: int | None) -> None:
+        self._waits_for_others |= before is None or count_collectives() != before

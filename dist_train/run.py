@@ -113,7 +113,7 @@ class Run(Registering):
         self._checkpointer.on_wait = self._reporter.waiting
         self._feed = BatchFeed(accelerator, self.device, self.world.rank)
         self._monitoring = Monitoring(self._options, self._checkpointer, self._reporter)
-        self._cut = Cut()
+        self._cut = Cut(several=self.world.world_size > 1)
         self._join_parts(loader)
         self._entered = self._begun = self._in_epoch = False
 

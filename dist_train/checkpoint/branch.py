@@ -28,7 +28,7 @@ from dist_train.checkpoint.resume import (
     select_named,
 )
 from dist_train.checkpoint.store import Store
-from dist_train.errors import FormatVersionError, NoCheckpointError
+from dist_train.errors import FormatVersionError, NoCheckpointError, StorageError
 
 Json = Any
 
@@ -67,15 +67,47 @@ class Placed:
 
 
 def read_record(places: Sequence[Store]) -> Json:
-    """The branch that the run is on, None without one: what the first place with a branch.json says."""
+    """The branch that the run is on, None without one: what the first place with a branch.json says.
+
+    Raises:
+        StorageError: it is damaged, so that nobody can tell which checkpoints count.
+    """
     for store in places:
         try:
-            record = json.loads(store.read(BRANCH_FILE))
-            root, *rest = record["origin"]
-            return {**record, "origin": [root or str(store.root), *rest]}
-        except (OSError, ValueError, KeyError, TypeError):
+            content = store.read(BRANCH_FILE)
+        except OSError:
             continue
+        try:
+            record = json.loads(content)
+        except (ValueError, RecursionError):
+            record = None
+        wrong = _what_is_wrong(record)
+        if wrong:
+            raise StorageError(
+                f"{store.shown(BRANCH_FILE)} is damaged: {wrong}. It says which checkpoint the run went on from, and "
+                f"which ones count since. Put it back from a copy; or delete it, and say with resume= which checkpoint "
+                f"to go on from (`dist-train ls {store.given} --all` lists them)."
+            )
+        root, *rest = record["origin"]
+        return {**record, "origin": [root or str(store.root), *rest]}
     return None
+
+
+def _what_is_wrong(record: Json) -> str:
+    """With the content of a branch.json; empty where it is sound."""
+    if not isinstance(record, dict):
+        return "it is no JSON object"
+    origin = record.get("origin")
+    if not isinstance(origin, list) or len(origin) != 3 or not all(isinstance(part, str) for part in origin):
+        return f"expected `origin` to be [run directory, path, digest], found {origin!r}"
+    if not isinstance(record.get("requested"), str):
+        return f"expected `requested` to be a text, found {record.get('requested')!r}"
+    for name in ("origin_sequence", "first_sequence", "attempt"):
+        if not isinstance(record.get(name), int):
+            return f"expected `{name}` to be a whole number, found {record.get(name)!r}"
+    if not isinstance(record.get("branch_sequence", 0), int) or not isinstance(record.get("skip", []), list):
+        return "expected `branch_sequence` to be a whole number and `skip` a list"
+    return ""
 
 
 def find_route(store: Store, parents: Sequence[Store], request: ResumeRequest, attempt: int) -> Route:
@@ -83,6 +115,7 @@ def find_route(store: Store, parents: Sequence[Store], request: ResumeRequest, a
 
     Raises:
         NoCheckpointError, ConfigError: what is asked for cannot be had.
+        StorageError: branch.json is damaged.
         FormatVersionError: a checkpoint was written by a newer version.
     """
     placed, notes = place(store, parents)

@@ -102,6 +102,18 @@ class HangFolder:
         """None before it is passed, and while it is being written."""
         return _read(self.path / VERDICT) if VERDICT in names else None
 
+    def take_back_verdict(self) -> None:
+        """What hung goes on: takes away the verdict, and this rank's stacks, which a next verdict would count."""
+        self._remove(VERDICT)
+        self._remove(f"rank-{self._rank}.txt")
+
+    def is_verdict_gone(self) -> bool:
+        """Whether the rank that passed the verdict that was seen has taken it back."""
+        try:
+            return VERDICT not in os.listdir(self.path)
+        except OSError:
+            return False  # nobody knows
+
     def write_stacks(self, text: str) -> Path:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"rank-{self._rank}.txt"

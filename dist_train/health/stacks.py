@@ -11,8 +11,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
+
+import psutil
 
 STOPPED = "stopped by a signal"
 DEAD = "dead"
@@ -136,3 +139,19 @@ def _is_installed(path: str) -> bool:
         os.path.dirname(os.path.dirname(__file__)),
     )
     return path.startswith("<") or any(part in path for part in inside)
+
+
+def children_lines() -> list[str]:
+    """Loader workers and the like."""
+    with suppress(psutil.Error, OSError):
+        found = psutil.Process().children(recursive=True)
+        return [f"child process {one.pid}: {state_of(one.pid)}" for one in found]
+    return []
+
+
+def kill_children() -> None:
+    """A loader's worker that hangs would outlive this process."""
+    with suppress(psutil.Error, OSError):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()

@@ -23,8 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from dist_train import launched, phases
 from dist_train.console import print_text, seconds_text
 from dist_train.health import stacks
@@ -267,30 +265,51 @@ class Watchdog:
         self._tell(verdict)
 
     def _end(self, verdict: dict[str, Json], section: Section, seconds: float, deadline: float) -> None:
-        """Leaves, whatever hangs meanwhile: the file system may be what is hung."""
+        """Leaves, whatever hangs meanwhile: the file system may be what is hung. Stays where what hung goes on."""
         departure = Departure(_LEAVING_SECONDS, "it was hung, and so was writing down where", 1, leave=self._leave)
+        leaves = True
         try:
-            self._leave_word(verdict, section, seconds, deadline)
+            leaves = self._leave_word(verdict, section, seconds, deadline)
         finally:
             departure.cancel()
-            self._leave(1)
+            if leaves:
+                self._leave(1)
 
-    def _leave_word(self, verdict: dict[str, Json], section: Section, seconds: float, deadline: float) -> None:
-        is_first = False
+    def _leave_word(self, verdict: dict[str, Json], section: Section, seconds: float, deadline: float) -> bool:
+        """Returns whether it is still so that this rank leaves."""
+        is_first, was_passed = False, verdict["rank"] != self._told.rank
         with suppress(OSError):
-            is_first = self._folder.pass_verdict(verdict) if verdict["rank"] == self._told.rank else False
+            if not was_passed:
+                is_first, was_passed = self._folder.pass_verdict(verdict), True
         if is_first:
             _say(f"{self._paragraph(verdict)} All ranks end now, to be restarted.")
         self._leave_stacks(verdict, seconds, deadline)
         self._note(verdict["rank"], section, seconds, deadline)
+        missing = self._wait_for_stacks()
+        if was_passed and self._is_overtaken(missing if is_first else ()):
+            return False
         if self._told.rank == 0:
             self._tell(verdict)
-        missing = self._wait_for_stacks()
         if is_first:
             self._sum_up(missing)
             for rank in missing:
                 self._end_other(rank)
-        _kill_children()
+        stacks.kill_children()
+        return True
+
+    def _is_overtaken(self, missing: Sequence[int]) -> bool:
+        """Whether what hung goes on. The rank that passed the verdict sees it, and takes it back as long as some rank
+        (`missing`) has not begun to leave; the others see that it is gone.
+        """
+        now = self._look()
+        moves = now.beats != self._place.beats and now.phase not in (Phase.END, Phase.OUTSIDE)
+        if not (missing and moves) and not self._folder.is_verdict_gone():
+            return False
+        with suppress(OSError):
+            self._folder.take_back_verdict()
+        launched.note(error=None)
+        _say(f"Rank {self._told.rank} is not ended: what hung goes on.")
+        return True
 
     def _leave_stacks(self, verdict: dict[str, Json], seconds: float, deadline: float) -> None:
         text = f"{self._heading(seconds, deadline)}\n\n{stacks.stacks_of_all_threads()}\n"
@@ -369,7 +388,7 @@ class Watchdog:
         lines.append(f"{_PLACE}{self._line()}")
         others = [rank for rank in range(len(told.peers)) if rank != told.rank and self._state(rank)]
         lines += [f"beside it: {self._named(rank)}" for rank in others]
-        return "\n".join([*lines, *_children()])
+        return "\n".join([*lines, *stacks.children_lines()])
 
     def _line(self) -> str:
         stack = stacks.main_stack()
@@ -421,19 +440,3 @@ def _say(text: str) -> None:
 
 def _shown(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else seconds_text(seconds)
-
-
-def _children() -> list[str]:
-    """Loader workers and the like."""
-    with suppress(psutil.Error, OSError):
-        found = psutil.Process().children(recursive=True)
-        return [f"child process {one.pid}: {stacks.state_of(one.pid)}" for one in found]
-    return []
-
-
-def _kill_children() -> None:
-    """A loader's worker that hangs would outlive this process."""
-    with suppress(psutil.Error, OSError):
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                child.kill()

@@ -43,13 +43,13 @@ def run_signalled(command: list[str], plan: SignalPlan) -> Outcome:
     return ended
 
 
-def require_stopped(run_dir: Path, name: str, reason: str) -> dict[str, Any]:
+def require_stopped(run_dir: Path, name: str, reason: str, *, most: int = 13) -> dict[str, Any]:
     """Saved where it was told to stop, in the middle; returns the checkpoint's progress."""
     status = status_of(run_dir)
     assert status["status"] == reason
     (event,) = events_of(run_dir, "preempted")
     assert event["signal"] == name
-    assert 0 < event["global_step"] == status["global_step"] < 14
+    assert 0 < event["global_step"] == status["global_step"] <= most
     newest = max((run_dir / "checkpoints").glob("step-*"))
     progress: dict[str, Any] = json.loads((newest / "manifest.json").read_text())["progress"]
     assert progress["global_step"] == status["global_step"]
@@ -82,17 +82,20 @@ def test_a_signal_to_torchrun_saves_on_both_ranks_with_workers_alive_and_is_gone
     assert_same_run(twin, run_dir)
 
 
-def test_a_signal_to_one_rank_in_its_evaluation_stops_both_and_the_evaluation_is_made_again(
-    tmp_path: Path, twin: Path
+@pytest.mark.parametrize(("count", "evaluation"), [(1, "done"), pytest.param(2, "pending", marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_in_an_evaluation_stops_both_and_nothing_is_lost(
+    count: int, evaluation: str, tmp_path: Path, twin: Path
 ) -> None:
-    """Plain torchrun must not restart what was told to stop: exit code 0."""
+    """The first one of a process is finished, as nobody knows whether ranks wait for each other further on in it; the
+    second one is cut, and made again. Plain torchrun must not restart what was told to stop: exit code 0.
+    """
     run_dir = tmp_path / "run"
-    plan = SignalPlan(str(tmp_path / "fired"), rank=1, at="evaluation", count=1)
+    plan = SignalPlan(str(tmp_path / "fired"), rank=1, at="evaluation", count=count)
     ended = run_signalled(torchrun(2, *script(run_dir), max_restarts=3), plan).require_success()
-    progress = require_stopped(run_dir, "SIGTERM", "preempted")
-    assert (progress["evaluation"], progress["epochs_completed"]) == ("pending", 0)
+    progress = require_stopped(run_dir, "SIGTERM", "preempted", most=7 * count)
+    assert (progress["evaluation"], progress["epochs_completed"]) == (evaluation, 1)
     assert "Run the same command (or notebook) again" in ended.output
-    assert "Epoch 1/2" not in ended.output
+    assert "Epoch 2/2" not in ended.output
     run_command(torchrun(2, *script(run_dir)), deadline_seconds=LIFE_SECONDS).require_success()
     assert_same_run(twin, run_dir)
 

@@ -367,6 +367,51 @@ def test_the_verdict_of_one_rank_holds_for_all(tmp_path: Path) -> None:
     assert other.folder.ranks_with_stacks(other.folder.names()) == {0, 1}
 
 
+@pytest.mark.usefixtures("no_grace")
+def test_a_verdict_is_taken_back_by_the_rank_that_passed_it_when_it_goes_on_before_the_others_have_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other one held the interpreter's lock for a while, so that its watchdog could not say that it is at work."""
+    waiting, held = ranks(tmp_path, Phase.STEP, Phase.STEP)
+    wait, seen = waiting.dog._wait_for_stacks, []
+
+    def go_on_meanwhile() -> list[int]:
+        seen.append(waiting.folder.verdict(waiting.folder.names()))
+        waiting.place = replace(waiting.place, beats=waiting.place.beats + 1)
+        return wait()
+
+    monkeypatch.setattr(waiting.dog, "_wait_for_stacks", go_on_meanwhile)
+    monkeypatch.setattr(waiting.dog, "_end_other", lambda rank: pytest.fail(f"rank {rank} was ended"))
+    pass_time([waiting], 12.0)
+    assert seen, "the verdict was passed"
+    held.go(Phase.DATA)
+    waiting.go(Phase.DATA)
+    pass_time([waiting, held], 1.0)
+    assert waiting.codes == held.codes == []
+    assert waiting.events == []
+    assert list(untold_hangs(tmp_path)) == []
+    assert "Rank 0 is not ended: what hung goes on." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_grace")
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_rank_whose_verdict_is_taken_back_while_it_leaves_stays(
+    goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = ranks(tmp_path, Phase.STEP, Phase.STEP, Phase.STEP)
+    pass_time([first], 11.0)
+    assert first.codes == [1]
+
+    def take_back() -> list[int]:
+        if goes_on:
+            first.folder.take_back_verdict()
+        return [2]
+
+    monkeypatch.setattr(second.dog, "_wait_for_stacks", take_back)
+    pass_time([second], 3.0)
+    assert second.codes == ([] if goes_on else [1])
+
+
 def test_ranks_that_do_well_leave_nothing(tmp_path: Path) -> None:
     both = ranks(tmp_path, Phase.STEP, Phase.STEP)
     for phase in (Phase.DATA, Phase.STEP) * 6:
