@@ -1,17 +1,21 @@
 """`drill`: runs a script to its end, then again with faults, and says whether the two are the same.
 
 Invariant: exit code 0 where it resumes exactly, 1 where it does not, 2 where it cannot be drilled (safely). What was
-started is ended, and the scratch removed, also on Ctrl-C.
+started is ended, and the scratch removed, also on Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from dist_train.commands.command import AddCommand, print_json, print_lines
@@ -62,12 +66,25 @@ def _drill(args: argparse.Namespace) -> int:
         seed=args.seed,
         patience_seconds=args.patience,
     )
-    scratch = Path(tempfile.mkdtemp(prefix="dist-train-drill-", dir=args.scratch))
+    with _ended_by_signals():
+        return _conduct(order, args)
+
+
+def _conduct(order: Order, args: argparse.Namespace) -> int:
+    try:
+        scratch = _make_scratch(args.scratch)
+    except OSError as error:
+        print_text(
+            f"dist-train: the drill's scratch folder cannot be made in {args.scratch or tempfile.gettempdir()}: "
+            f"{error.strerror or error}. Name with --scratch a folder that you may write to.",
+            error=True,
+        )
+        return ExitCode.USAGE
     # With --json stdout holds nothing but JSON; what is going on is then told beside it.
     console = Console(stream=sys.stderr if args.json else sys.stdout)
     try:
         faults = f"{args.kills} fault{'s' * (args.kills > 1)}"
-        console.say(f"Drilling {' '.join(script)}: at most {args.steps} steps, {faults}, seed {args.seed}.")
+        console.say(f"Drilling {' '.join(order.script)}: at most {args.steps} steps, {faults}, seed {args.seed}.")
         outcome = Drill(order, scratch, console.show, console.say).conduct()
         console.end_live()
         kept = str(scratch) if args.keep else None
@@ -80,3 +97,32 @@ def _drill(args: argparse.Namespace) -> int:
         console.end_live()
         if not args.keep:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _make_scratch(place: str | None) -> Path:
+    """A folder of this drill's own, in one that is made if it is missing."""
+    if place is not None:
+        os.makedirs(place, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="dist-train-drill-", dir=place)).resolve()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM (a scheduler, a CI) and SIGHUP (a closed terminal) end the drill as Ctrl-C does: by an exception, so that
+    all is cleaned up. A further one does not interrupt that. One that is ignored (nohup) stays so.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in former:
+            signal.signal(one, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    former = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    former = {one: handler for one, handler in former.items() if handler not in (None, signal.SIG_IGN)}
+    for one in former:
+        signal.signal(one, end)
+    try:
+        yield
+    finally:
+        for one, handler in former.items():
+            signal.signal(one, handler)

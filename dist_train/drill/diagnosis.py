@@ -289,10 +289,10 @@ def _diagnose_beginning(difference: Difference) -> Diagnosis:
             f"{_where(difference)} was saved: something changed it between the restore and the first step.",
             advice="Change no weights before the loop once run.resumed_from is set.",
         )
-    run = difference.shown or "the run"
+    run = f"{difference.shown or 'The run'} (attempt {difference.attempt})"
     return Diagnosis(
         cause=SEED,
-        sentence=f"Life {difference.attempt} of {run} had no checkpoint to go on from, began afresh at step 0, and "
+        sentence=f"{run} had no checkpoint to go on from, began afresh at step 0, and "
         f"built a model with other weights than the uninterrupted run: {difference.tensor} differs. What decides them "
         "depends on what the script did before: on a Run before it that a restart does not train again, or on a file.",
         advice="Call dt.seed_everything(seed) right before each model is built, also before the second of a script.",

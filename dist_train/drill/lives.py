@@ -51,12 +51,12 @@ def run_life(
         activity: a value that changes while something happens.
         on_poll: called a few times a second.
     """
+    given_up, seen = False, activity()
     started = changed = time.monotonic()
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, env=_environment(environment), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-    given_up, seen = False, activity()
     try:
         while process.poll() is None:
             on_poll()

@@ -27,7 +27,7 @@ from dist_train.drill.diagnosis import (
 from dist_train.drill.fault_plan import FaultPlan
 from dist_train.drill.faults import Fired
 from dist_train.drill.lives import Ended, command_of, run_life
-from dist_train.drill.records import RECORDS, Records, last_step, read_records, slowest_step_seconds
+from dist_train.drill.records import RECORDS, Records, last_step, read_records, shown_names, slowest_step_seconds
 from dist_train.drill.rehearsal import RUNS, Rehearsal, read_places
 from dist_train.drill.scenario import NAMES, Course, plan_faults
 from dist_train.drill.untouched import changed, is_own_output, listing
@@ -340,12 +340,12 @@ def _deviations(one: Rehearsed, other: Rehearsed, unseeded: Sequence[str]) -> tu
     """Of the newest checkpoints and histories of all runs; how many tensors were compared."""
     from dist_train.drill.twins import differences_of_runs
 
-    found, compared, others = [], 0, other.run_dirs()
+    found, compared, others, shown = [], 0, other.run_dirs(), shown_names(one.records)
     for name, run_dir in one.run_dirs().items():
         if name not in others:
-            found.append(f"{name}: there is no such run")
+            found.append(f"{shown.get(name, name)}: there is no such run")
             continue
-        prefix = f"{name}: " if len(others) > 1 else ""
+        prefix = f"{shown.get(name, name)}: " if len(others) > 1 else ""
         differences, count = differences_of_runs(run_dir, others[name], unseeded=unseeded)
         compared += count
         found += [f"{prefix}{line}" for line in differences]

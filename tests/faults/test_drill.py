@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.support.background import Background
 from tests.support.launch import ROOT, Outcome, environment, run_command
 
 SCRIPTS = ROOT / "tests/drill_scripts"
@@ -117,6 +121,25 @@ def test_a_script_that_makes_no_step_is_not_waited_for_without_end(folder: Path)
     outcome = drill(folder, "--patience", "2", "--", "train.py")
     assert outcome.returncode == 2
     assert "made no step for 2 s" in outcome.output
+
+
+def test_a_terminated_drill_leaves_neither_processes_nor_scratch(folder: Path) -> None:
+    program = "import dist_train.errors, os, time\nprint(f'pid {os.getpid()} ', flush=True)\ntime.sleep(600)"
+    (folder / "train.py").write_text(program)
+    scratch = folder / "scratch"
+    command = [sys.executable, "-m", "dist_train.cli", "drill", "--scratch", str(scratch), "--"]
+
+    def pids() -> list[int]:
+        said = [path.read_text() for path in scratch.glob("*/plain/output.log")]
+        return [int(one) for text in said for one in re.findall(r"pid (\d+) ", text)]
+
+    with Background([*command, str(folder / "train.py")], folder / "log") as drill_:
+        drill_.wait_until(lambda: bool(pids()), "the script's start")
+        (pid,) = pids()
+        drill_.send(signal.SIGTERM)
+        assert drill_.wait(60.0).returncode == 128 + signal.SIGTERM
+    assert not psutil.pid_exists(pid)
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.slow

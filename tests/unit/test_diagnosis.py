@@ -199,7 +199,7 @@ def test_a_second_run_that_begins_afresh_with_other_weights_is_not_told_of_a_che
     assert (found.run, found.shown, found.resumed_at) == ("runs_b-3d4e5f", "runs_b", 0)
     diagnosis = diagnose_resume(found)
     assert diagnosis.cause == SEED
-    assert "Life 2 of runs_b had no checkpoint to go on from, began afresh at step 0" in diagnosis.sentence
+    assert "runs_b (attempt 2) had no checkpoint to go on from, began afresh at step 0" in diagnosis.sentence
     assert "checkpoint of step" not in diagnosis.sentence
     assert "before each model is built" in diagnosis.advice
 

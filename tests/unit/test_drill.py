@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from dist_train.drill.digests import digest_of, digests_of_generators, digests_o
 from dist_train.drill.faults import KINDS, MOMENTS, Fired
 from dist_train.drill.records import Life, read_records, shown_names
 from dist_train.drill.rehearsal import Rehearsal, read_places
-from dist_train.drill.rehearse import Order, Outcome, touched_directories
+from dist_train.drill.rehearse import Drill, Order, Outcome, touched_directories
 from dist_train.drill.report import _table, lines_of, restarts_of
 from dist_train.drill.scenario import Course, plan_faults
 from dist_train.drill.twins import differences_of_runs
@@ -319,6 +320,42 @@ def test_a_script_without_dist_train_is_given_the_lines_to_add(
 def test_a_script_that_is_not_there_is_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     assert "write `dist-train drill -- train.py ARGS`" in capsys.readouterr().err
+
+
+def test_a_scratch_that_is_missing_is_made_and_one_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("import torch")
+    assert cli.main(["drill", "--scratch", "a/b", "--keep", "--", "train.py"]) == 2
+    (made,) = (tmp_path / "a" / "b").iterdir()
+    assert f"Kept: {made}" in capsys.readouterr().out
+    assert cli.main(["drill", "--scratch", "train.py/b", "--", "train.py"]) == 2
+    assert "scratch folder cannot be made in train.py/b: Not a directory." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_drill_and_takes_its_scratch_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def conduct(drill: Drill) -> Outcome:
+        assert len(list((tmp_path / "scratch").iterdir())) == 1
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal must end it")
+
+    def former(number: int, frame: object) -> None:
+        raise AssertionError("the drill's own handler must be asked")
+
+    monkeypatch.setattr(Drill, "conduct", conduct)
+    before = signal.signal(number, former)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["drill", "--scratch", str(tmp_path / "scratch"), "--", __file__])
+        assert signal.getsignal(number) is former
+    finally:
+        signal.signal(number, before)
+    assert ended.value.code == 128 + number
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_a_module_is_told_of_when_it_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
