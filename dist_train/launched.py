@@ -75,9 +75,13 @@ def note(**fields: Json) -> None:
     body = {**_noted, "pid": os.getpid(), "rank": int(rank), "at": time.time()}
     path = Path(folder, f"rank-{rank}.json")
     draft = path.with_suffix(".tmp")
-    with contextlib.suppress(OSError):  # the launcher may have gone, with its folder
+    try:
         draft.write_text(json.dumps(body))
         draft.replace(path)
+    except OSError:  # the launcher may have gone, with its folder; on a full disk an old note is worse than none
+        for stale in (draft, path):
+            with contextlib.suppress(OSError):
+                stale.unlink()
 
 
 def note_progress(global_step: int, committed_step: int, longest_seconds: float = 0.0) -> None:
