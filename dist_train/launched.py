@@ -75,12 +75,16 @@ def note(**fields: Json) -> None:
     rank = os.environ.get("RANK", "0")
     path = Path(folder, f"rank-{rank}.json")
     draft = path.with_suffix(".tmp")
-    # Commits are noted by the writer's thread. The launcher may have gone, with its folder.
-    with _noting, contextlib.suppress(OSError):
+    with _noting:  # commits are noted by the writer's thread
         _noted.update(fields)
         body = {**_noted, "pid": os.getpid(), "rank": int(rank), "at": time.time()}
-        draft.write_text(json.dumps(body))
-        draft.replace(path)
+        try:
+            draft.write_text(json.dumps(body))
+            draft.replace(path)
+        except OSError:  # the launcher may have gone, with its folder; on a full disk an old note is worse than none
+            for stale in (draft, path):
+                with contextlib.suppress(OSError):
+                    stale.unlink()
 
 
 def forget_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_what_a_worker_has_started_notes_nothing(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(launched.WORKER_PID, str(os.getpid()))
     launched.note(begun=True)
     assert launched.read_notes(tmp_path)[0]["pid"] == os.getpid()
+
+
+def test_a_note_that_cannot_be_written_leaves_no_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(launched.LAUNCH_DIR, str(tmp_path))
+    monkeypatch.setattr(launched, "_noted", {})
+    launched.note(begun=True)
+    monkeypatch.setattr(Path, "write_text", is_full)
+    launched.note(outcome="done")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_launcher_hears_its_workers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
