@@ -301,8 +301,9 @@ class Watchdog:
         """Whether what hung goes on. The rank that passed the verdict sees it, and takes it back as long as some rank
         (`missing`) has not begun to leave; the others see that it is gone.
         """
-        now = self._look()
-        moves = now.beats != self._place.beats and now.phase not in (Phase.END, Phase.OUTSIDE)
+        before, now = self._place, self._look()
+        ends = now.phase in (Phase.END, Phase.OUTSIDE)  # well or by an error, which is no progress
+        moves = now.global_step > before.global_step or (now.beats != before.beats and not ends)
         if not (missing and moves) and not self._folder.is_verdict_gone():
             return False
         with suppress(OSError):

@@ -368,16 +368,20 @@ def test_the_verdict_of_one_rank_holds_for_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_grace")
+@pytest.mark.parametrize(("phase", "steps"), [(Phase.DATA, 0), (Phase.OUTSIDE, 1)])
 def test_a_verdict_is_taken_back_by_the_rank_that_passed_it_when_it_goes_on_before_the_others_have_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    phase: Phase, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The other one held the interpreter's lock for a while, so that its watchdog could not say that it is at work."""
+    """The other one held the interpreter's lock for a while, so that its watchdog could not say that it is at work; the
+    run may be over by the time that the verdict would be carried out.
+    """
     waiting, held = ranks(tmp_path, Phase.STEP, Phase.STEP)
     wait, seen = waiting.dog._wait_for_stacks, []
 
     def go_on_meanwhile() -> list[int]:
         seen.append(waiting.folder.verdict(waiting.folder.names()))
-        waiting.place = replace(waiting.place, beats=waiting.place.beats + 1)
+        beats, step = waiting.place.beats + 1, waiting.place.global_step + steps
+        waiting.place = replace(waiting.place, beats=beats, phase=phase, global_step=step)
         return wait()
 
     monkeypatch.setattr(waiting.dog, "_wait_for_stacks", go_on_meanwhile)
