@@ -22,7 +22,7 @@ from tests.support.fault_table import (
 )
 from tests.support.launch import ROOT, Outcome
 
-SAMPLE = 20
+SAMPLE = 14
 SEED = int(os.environ.get("DIST_TRAIN_FAULT_SEED", "1"))
 PAGE = ROOT / "docs/fault-table.md"
 sample = sample_cells(SAMPLE, SEED)
