@@ -254,8 +254,10 @@ def test_accelerate_s_wrapper_is_replayed_by_the_steps_of_what_it_wraps(
 ) -> None:
     """On two processes it takes two steps a call, and none where the optimizer's was skipped."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()  # a test before this one may have left it inside a window
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(AcceleratorState, "num_processes", property(lambda _: 2), raising=False)
 
