@@ -23,6 +23,8 @@ from dist_train.errors import EXIT_CODES, ExitCode, StopReason
 Json = Any
 LAUNCH_DIR = "DIST_TRAIN_LAUNCH_DIR"
 """Environment variable: folder for the notes of the worker group's present life; set by `dist-train launch`."""
+LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
+"""Environment variable of a worker: the process it was forked from, whose death leaves it behind."""
 WORKER_PID = "DIST_TRAIN_WORKER_PID"
 """Environment variable: the worker itself. What a worker starts inherits all variables and is no worker."""
 

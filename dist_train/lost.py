@@ -23,8 +23,6 @@ def has_lost_peers(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEERS)
 
 
-LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
-"""Environment variable: the process that `dist-train launch` starts its workers from, in their environment."""
 _IMPORTER = os.getpid()
 _FIRST_PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -33,7 +31,7 @@ def launcher_is_gone() -> bool:
     """Whether the launcher (torchrun's agent, or ours) has died and left this worker behind: nobody would restart or
     end it any more. A process that a worker has started has lost nothing while that one lives, and is not asked.
     """
-    told = os.environ.get(LAUNCHER_PID)  # a forked worker has imported this before it was one
+    told = os.environ.get(launched.LAUNCHER_PID)  # a forked worker has imported this before it was one
     if told:
         return launched.is_worker() and os.getppid() != int(told)
     launcher = _FIRST_PARENT if os.getpid() == _IMPORTER else None

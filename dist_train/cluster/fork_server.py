@@ -25,7 +25,7 @@ from importlib import import_module
 from typing import Any
 
 from dist_train.cluster.worker import Program, boot_command, renew_randomness, run_program
-from dist_train.launched import WORKER_PID
+from dist_train.launched import LAUNCHER_PID, WORKER_PID
 
 Json = Any
 PRELOADED = (
@@ -39,8 +39,6 @@ PRELOADED = (
     "dist_train.run",
     "dist_train.trainer",
 )
-PARENT_VARIABLE = "DIST_TRAIN_LAUNCHER_PID"
-"""Environment variable of a worker: the process whose death leaves it behind, see `lost.launcher_is_gone`."""
 ORPHANS_GRACE_SECONDS = 30.0
 """How long workers may take to save and leave when the launcher has died."""
 _PR_SET_PDEATHSIG = 1
@@ -140,7 +138,7 @@ class ForkServer:
             self.tell(started=request["start"], pid=pid)
             return None
         self._become_worker(server)
-        return {**request["variables"], PARENT_VARIABLE: str(server), WORKER_PID: str(os.getpid())}
+        return {**request["variables"], LAUNCHER_PID: str(server), WORKER_PID: str(os.getpid())}
 
     def _become_worker(self, server: int) -> None:
         signal.set_wakeup_fd(-1)

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from dist_train import phases
+from dist_train import launched, phases
 from dist_train.checkpoint.store import Store
 from dist_train.drill.arrival import when_imported
 from dist_train.drill.fault_plan import FaultPlan
@@ -175,7 +175,7 @@ def _hang(seconds: float) -> None:
 
 def _launcher() -> int:
     """Process id of the launcher; a worker that was forked from a server of its launcher's is its grandchild."""
-    server = os.environ.get("DIST_TRAIN_LAUNCHER_PID")
+    server = os.environ.get(launched.LAUNCHER_PID)
     return os.getppid() if server is None else psutil.Process(int(server)).ppid()
 
 

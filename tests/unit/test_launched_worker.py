@@ -33,7 +33,7 @@ def make_agent(*notes: dict[str, Any]) -> Agent:
 
 
 def test_only_the_worker_itself_has_a_launcher_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(lost.LAUNCHER_PID, str(os.getpid()))  # never the parent
+    monkeypatch.setenv(launched.LAUNCHER_PID, str(os.getpid()))  # never the parent
     assert lost.launcher_is_gone()
     monkeypatch.setenv(launched.WORKER_PID, str(os.getpid()))
     assert lost.launcher_is_gone()
@@ -42,7 +42,7 @@ def test_only_the_worker_itself_has_a_launcher_to_lose(monkeypatch: pytest.Monke
 
 
 def test_a_process_forked_from_a_worker_of_torchrun_has_not_lost_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(lost.LAUNCHER_PID, raising=False)
+    monkeypatch.delenv(launched.LAUNCHER_PID, raising=False)
     monkeypatch.setattr(lost, "_FIRST_PARENT", os.getpid())
     assert lost.launcher_is_gone()
     monkeypatch.setattr(lost, "_IMPORTER", int(ANOTHER))
