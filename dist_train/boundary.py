@@ -15,6 +15,7 @@ from signal import Signals
 
 from dist_train import launched, phases
 from dist_train.agreement import Agreed, Agreement, strongest
+from dist_train.capture import Capture
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed
@@ -25,7 +26,6 @@ from dist_train.lost import launcher_is_gone
 from dist_train.phases import Phase
 from dist_train.progress import RunProgress
 from dist_train.reporter import Reporter
-from dist_train.state import Capture
 from dist_train.units import parse_seconds
 from dist_train.world import World
 

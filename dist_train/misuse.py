@@ -16,8 +16,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.capture import Capture
 from dist_train.errors import ConfigError, RunInUseError
-from dist_train.state import Capture, clean_name
+from dist_train.model_state import clean_name
 from dist_train.tied import storage_key
 from dist_train.world import World
 

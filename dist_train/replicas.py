@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.errors import ConfigError
-from dist_train.state import innermost_module
+from dist_train.model_state import innermost_module
 from dist_train.world import World
 
 

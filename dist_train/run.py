@@ -25,6 +25,7 @@ from dist_train import launched, misuse, phases
 from dist_train.beginning import Beginning
 from dist_train.boundary import Boundary, make_deadline
 from dist_train.callbacks import Callbacks
+from dist_train.capture import Capture
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import DEFAULT_POLICY, CheckpointPolicy
 from dist_train.checkpoint.writer import Committed
@@ -43,7 +44,7 @@ from dist_train.recovery import Recovery
 from dist_train.registering import Registering
 from dist_train.replicas import evaluating, find_model, fix_bucket_layout
 from dist_train.reporter import Reporter
-from dist_train.state import Capture, LiveState, by_name
+from dist_train.state import LiveState, by_name
 from dist_train.tracking import Tracking
 from dist_train.tree import encode
 from dist_train.world import World, current_world

@@ -6,18 +6,25 @@ handed on uncopied. It knows nothing of files, and of ranks only that some value
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from dist_train.capture import Capture
 from dist_train.differences import Differences
-from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.errors import StateMismatchError
 from dist_train.fingerprints import fingerprints
+from dist_train.model_state import (
+    capture_model,
+    clean_name,
+    compare_model,
+    innermost_module,
+    keeps_own_buffers,
+    restore_extra,
+    restore_model,
+)
 from dist_train.optimizer_state import (
     CPU,
     TensorSource,
@@ -26,7 +33,6 @@ from dist_train.optimizer_state import (
     innermost_optimizer,
     restore_optimizer,
 )
-from dist_train.optimizer_state import positional_name as positional_name
 from dist_train.rates import ScheduledOptimizer
 from dist_train.rng import capture_rng
 from dist_train.schedule import (
@@ -38,13 +44,12 @@ from dist_train.schedule import (
     merge_scheduler,
     scheduler_settings,
 )
-from dist_train.tied import compare_copies, group_tied, storage_key
+from dist_train.tied import storage_key
 from dist_train.tree import decode, encode
 
 Json = Any
 _ACCELERATED = "AcceleratedOptimizer"
 """Accelerate's wrapper, by which the class was recorded once: nothing is known then."""
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
 
 class Stateful(Protocol):
@@ -52,21 +57,6 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state_dict: Any) -> Any: ...
-
-
-@dataclass(slots=True, kw_only=True)
-class Capture:
-    """One rank's state, by reference. Names are equal on all ranks."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Equal on all ranks, or a DTensor."""
-    main_only: set[str] = field(default_factory=set)
-    """Names whose value is the main rank's (DDP buffers differ by rank)."""
-    per_rank: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Values that differ by rank and are all kept."""
-    aliases: dict[str, str] = field(default_factory=dict)
-    state: dict[str, Json] = field(default_factory=dict)
-    rank_state: dict[str, Json] = field(default_factory=dict)
 
 
 class LiveState:
@@ -90,7 +80,7 @@ class LiveState:
         self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
         self.registered: dict[str, Stateful] = {}
-        self._own_buffers = any(_keeps_own_buffers(model) for model in models.values())
+        self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
         self.settings = self._settings()
 
     def drop_gradients(self) -> None:
@@ -104,7 +94,7 @@ class LiveState:
         """Raises UnsaveableStateError, naming the object."""
         capture = Capture()
         for name, model in self.models.items():
-            _capture_model(model, _place("model", name), capture, self._own_buffers)
+            capture_model(model, _place("model", name), capture, self._own_buffers)
         names = self._parameter_names()
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
@@ -150,9 +140,9 @@ class LiveState:
         self._restore_rates(state, settings, source, absent, global_step, told)
         for name, model in self.models.items():
             place = _place("model", name)
-            _restore_model(model, place, source, self._own_buffers)
+            restore_model(model, place, source, self._own_buffers)
             if extra := state.get(f"{place}/~extra"):
-                _restore_extra(model, decode(extra, self._loader(source)))
+                restore_extra(model, decode(extra, self._loader(source)))
         if self.scaler is not None and state.get("scaler"):
             # Before the optimizer: FSDP2's scaler looks at the optimizer's state when it is loaded.
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
@@ -295,7 +285,7 @@ class LiveState:
     ) -> None:
         problems: list[str] = []
         for name, model in self.models.items():
-            problems += _compare_model(model, _place("model", name), source)
+            problems += compare_model(model, _place("model", name), source)
         names = self._parameter_names()
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
@@ -319,118 +309,5 @@ def by_name(objects: Any) -> dict[str, Any]:
     return dict(objects) if isinstance(objects, Mapping) else only
 
 
-def innermost_module(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel, DataParallel and torch.compile around it."""
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = inner.module
-        else:
-            return cast(nn.Module, inner)
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without the segments that torch.compile and checkpoint wrappers put in."""
-    return _WRAPPERS.sub("", name).lstrip(".")
-
-
 def _place(kind: str, name: str) -> str:
     return f"{kind}/{name}" if name else kind
-
-
-def _keeps_own_buffers(model: nn.Module) -> bool:
-    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    return ddp and not getattr(model, "broadcast_buffers", True) and any(True for _ in model.buffers())
-
-
-def _capture_model(model: nn.Module, place: str, capture: Capture, own_buffers: bool) -> None:
-    buffers = {clean_name(name) for name, _ in model.named_buffers()}
-    seen: dict[Any, str] = {}
-    extra: dict[str, Any] = {}
-    for raw, value in model.state_dict().items():
-        name = clean_name(raw)
-        full = f"{place}/{name}"
-        if _is_extra(name, value):
-            extra[name] = value
-            continue
-        if nn.parameter.is_lazy(value):
-            raise UnsaveableStateError(f"{full} has no shape yet: call the model on one batch before the run is made.")
-        if (first := seen.setdefault(storage_key(value), full)) != full:
-            capture.aliases[full] = first
-            continue
-        capture.tensors[full] = value.detach()
-        if name in buffers and not isinstance(value, DTensor):
-            capture.main_only.add(full)
-            if own_buffers:
-                capture.per_rank[full] = value.detach()
-    if extra:  # what modules return from get_extra_state
-        capture.state[f"{place}/~extra"] = encode(extra, f"{place}/~extra", capture.tensors)
-    for name, value in _hidden_buffers(model):
-        capture.tensors[f"buffer/{place}/{name}"] = value.detach()
-        capture.main_only.add(f"buffer/{place}/{name}")
-
-
-def _hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Non-persistent buffers: not in the state_dict, yet training may change them."""
-    for prefix, module in model.named_modules():
-        for name in sorted(module._non_persistent_buffers_set):
-            value = module._buffers.get(name)
-            if value is not None and not isinstance(value, DTensor):
-                yield clean_name(f"{prefix}.{name}" if prefix else name), value
-
-
-def _is_extra(name: str, value: Any) -> bool:
-    """What a module returns from get_extra_state; a tensor from there is a new one at each call."""
-    return not isinstance(value, torch.Tensor) or name.rpartition(".")[2] == "_extra_state"
-
-
-def _restore_model(model: nn.Module, place: str, source: TensorSource, own_buffers: bool) -> None:
-    buffers = {clean_name(name) for name, _ in model.named_buffers()}
-    with torch.no_grad():
-        for name, value in _tensors_as_stored(model, place, source):
-            own = own_buffers and name in buffers and not isinstance(value, DTensor)
-            source.fill(f"{place}/{name}", value) if not own else _fill_own(source, f"{place}/{name}", value)
-        present = set(source.names(f"buffer/{place}/"))
-        for name, value in _hidden_buffers(model):
-            full = f"buffer/{place}/{name}"
-            if full in present and source.describe(full) == (tuple(value.shape), value.dtype):
-                source.fill(full, value)
-
-
-def _restore_extra(model: nn.Module, extra: dict[str, Any]) -> None:
-    raw_names = {clean_name(raw): raw for raw in model.state_dict()}
-    model.load_state_dict({raw_names.get(name, name): value for name, value in extra.items()}, strict=False)
-
-
-def _fill_own(source: TensorSource, name: str, value: torch.Tensor) -> None:
-    own = getattr(source, "own_name", lambda same: same)(name)
-    source.fill(own, value)
-
-
-def _tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor once. Which name of a tied one is stored is for its writer to choose: that one, or the first."""
-    stored = set(source.names(f"{place}/"))
-    for names, value in _tied_names(model):
-        yield next((name for name in names if f"{place}/{name}" in stored), names[0]), value
-
-
-def _tied_names(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
-    members = model.state_dict().items()
-    return group_tied((clean_name(raw), value) for raw, value in members if not _is_extra(raw, value))
-
-
-def _compare_model(model: nn.Module, place: str, source: TensorSource) -> list[str]:
-    live = {f"{place}/{name}": value for name, value in _tensors_as_stored(model, place, source)}
-    saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")}
-    groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in _tied_names(model)]
-    copies, problems = compare_copies(groups, lambda name: source.create(name, CPU))
-    problems += [f"{name} is in the checkpoint and not in the model" for name in sorted(saved - set(live) - copies)]
-    problems += [f"{name} is in the model and not in the checkpoint" for name in sorted(set(live) - saved)]
-    for name in sorted(saved & set(live)):
-        shape, dtype = source.describe(name)
-        if (shape, dtype) != (tuple(live[name].shape), live[name].dtype):
-            here = f"{list(live[name].shape)} {live[name].dtype}"
-            problems.append(f"{name} is {list(shape)} {dtype} in the checkpoint and {here} in the model")
-    return problems

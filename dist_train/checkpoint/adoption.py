@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dist_train.capture import Capture
 from dist_train.checkpoint.catalog import list_checkpoints
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.enclosure import require_outside_of_runs
@@ -29,7 +30,8 @@ from dist_train.checkpoint.tensor_file import DTYPE_NAMES
 from dist_train.checkpoint.writer import Committed, SaveFailed
 from dist_train.console import ByteMeter, EventLog, MetricsLog
 from dist_train.errors import ConfigError, SaveFailedError, StorageError, UnsaveableStateError
-from dist_train.state import Capture, clean_name, positional_name
+from dist_train.model_state import clean_name
+from dist_train.optimizer_state import positional_name
 from dist_train.tied import storage_key
 from dist_train.tree import encode
 from dist_train.world import SoloWorld

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train import errors
+from dist_train.capture import Capture
 from dist_train.checkpoint import roll_back
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.enclosure import require_place_for_run
@@ -47,7 +48,6 @@ from dist_train.checkpoint.trash import discard
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, Writing, describe_error
 from dist_train.console import bytes_text
 from dist_train.errors import DistTrainError, SaveFailedError
-from dist_train.state import Capture
 from dist_train.world import World
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from dist_train.checkpoint.facts import Mode
 from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, RUN_FILE
 from dist_train.errors import ConfigError, CorruptCheckpointError, NoCheckpointError
-from dist_train.state import clean_name
+from dist_train.model_state import clean_name
 
 Load = Callable[[str], Any]
 Weights = dict[str, Any]

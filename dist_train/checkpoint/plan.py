@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from dist_train.capture import Capture
 from dist_train.checkpoint.manifest import TensorEntry, digest_of, shard_name
 from dist_train.checkpoint.tensor_file import DTYPE_NAMES, FileLayout, Part, lay_out
 from dist_train.errors import UnsaveableStateError
-from dist_train.state import Capture
 
 GROUPS = ("model", "optimizer", "state")
 Signature = tuple[tuple[str, tuple[int, ...], torch.dtype, str], ...]

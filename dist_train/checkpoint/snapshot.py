@@ -17,9 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch.distributed.tensor import DTensor
 
+from dist_train.capture import Capture
 from dist_train.checkpoint.plan import Plan, own_name
 from dist_train.checkpoint.tensor_file import ALIGNMENT, DTYPES, FileLayout
-from dist_train.state import Capture
 
 logger = logging.getLogger(__name__)
 SHARED_MEMORY = "/dev/shm"

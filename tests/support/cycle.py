@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dist_train.capture import Capture
 from dist_train.checkpoint.manifest import CHECKPOINTS, Manifest, saving_name, step_name
 from dist_train.checkpoint.plan import Plan, make_plan
 from dist_train.checkpoint.reader import CheckpointReader
@@ -16,7 +17,6 @@ from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
 from dist_train.checkpoint.writer import SaveJob, commit, write_shards
-from dist_train.state import Capture
 from tests.support.manifests import manifest
 
 FOLDER = f"{CHECKPOINTS}/{step_name(1)}"

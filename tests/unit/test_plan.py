@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist_train.capture import Capture
 from dist_train.checkpoint.plan import Plan, full_name, group_of, key_in_file, make_plan, own_name, signature_of
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.errors import CorruptCheckpointError, StateMismatchError, UnsaveableStateError
-from dist_train.state import Capture
 from tests.support.cycle import open_checkpoint, sample_tensor, write_checkpoint
 
 shapes = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=12)

@@ -19,8 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, MultiStepLR, OneCycleLR
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.plan import make_plan
 from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.model_state import clean_name
 from dist_train.rng import capture_rng, restore_rng
-from dist_train.state import LiveState, clean_name
+from dist_train.state import LiveState
 from tests.support.cycle import open_checkpoint, sample_tensor, write_checkpoint
 
 PERMUTATIONS = list(itertools.permutations(range(4)))

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dist_train.capture import Capture
 from dist_train.checkpoint.plan import make_plan
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.tensor_file import ALIGNMENT, DTYPE_NAMES, lay_out, read_layout
 from dist_train.errors import CorruptCheckpointError
-from dist_train.state import Capture
 from tests.support.cycle import sample_tensor
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (5,), (2, 3), (4, 1, 3, 2)]
