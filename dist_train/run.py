@@ -93,7 +93,12 @@ class Run(Registering):
         misuse.refuse_prepared(by_name(scheduler), loader)
         scaler = getattr(accelerator, "scaler", None)
         self._live = LiveState(
-            models=self._models, optimizers=by_name(optimizer), schedulers=by_name(scheduler), scaler=scaler
+            models=self._models,
+            optimizers=by_name(optimizer),
+            schedulers=by_name(scheduler),
+            scaler=scaler,
+            partial_load=self._options.partial_load,
+            exclude=self._options.exclude,
         )
         self._rate = RateMeter(self._live.optimizers)
         self._config = encode(dict(self._options.config or {}), "config", {})
