@@ -158,6 +158,7 @@ class Trainer:
         metrics: by name, for instance `{"val_smape": SMAPE()}`; `val_loss` is always measured.
         collate_fn: makes a batch of samples; torch's default otherwise.
         callbacks: by event, a function or several: `{"committed": offer_download}`; see `dist_train.callbacks`.
+        attach: files that go along with every checkpoint, a config or a tokenizer for instance; see `Run.attach`.
     """
 
     def __init__(
@@ -173,12 +174,14 @@ class Trainer:
         metrics: Mapping[str, Metric] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         callbacks: Mapping[str, Callback | Sequence[Callback]] | None = None,
+        attach: Sequence[Any] = (),
     ) -> None:
         self.config = config
         self.loss = loss
         self.metrics = dict(metrics or {})
         self.scheduler = scheduler
         self.callbacks = dict(callbacks or {})
+        self.attach = tuple(attach)
         if self.metrics and eval_data is None:
             raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
         if "val_loss" in self.metrics:
@@ -219,6 +222,7 @@ class Trainer:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
         with self._run() as run:
             self._add_callbacks(run)
+            run.attach(*self.attach)
             for _ in run.epochs(self.config.epochs):
                 self.model.train()
                 for batch in run.batches(self.train_loader):

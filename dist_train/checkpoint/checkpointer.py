@@ -21,10 +21,12 @@ from typing import Any
 from dist_train import errors
 from dist_train.capture import Capture
 from dist_train.checkpoint import roll_back
+from dist_train.checkpoint.attached import AttachedFile, read_attached
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.enclosure import require_place_for_run
 from dist_train.checkpoint.keeper import Keeper
 from dist_train.checkpoint.manifest import (
+    ATTACHED,
     CHECKPOINTS,
     FORMAT_VERSION,
     RUN_FILE,
@@ -102,6 +104,9 @@ class Checkpointer:
         self._plan: Plan | None = None
         self._image: Image | None = None
         self._total_bytes = 0
+        self._attached: dict[str, AttachedFile] = {}
+        self.attached: dict[str, str] = {}
+        """Names and digests of the files that go along with every checkpoint; equal on all ranks."""
         self._serial = 0
         self._sequence = 0
         self._parent: str | None = None
@@ -240,6 +245,15 @@ class Checkpointer:
 
     # Saving
 
+    def attach(self, items: Sequence[Any]) -> None:
+        """Files for every checkpoint from now on; the main rank's items count, see `read_attached`. Collective."""
+
+        def read() -> Json:
+            self._attached = read_attached(items, self._attached)
+            return {name: file.entry.digest for name, file in sorted(self._attached.items())}
+
+        self.attached = self.world.on_main(read, "the files to be attached")
+
     def dry_run(self, capture: Capture) -> None:
         """Plans a save without saving, so that what cannot be saved fails in the first second. Collective."""
         self._refresh_plan(capture)
@@ -264,6 +278,7 @@ class Checkpointer:
                 plan=plan,
                 image=self._image,
                 rank_state={**capture.rank_state, **draft.rank_state},
+                attached=self._attached,
                 manifest=self._draft_manifest(draft, capture, plan) if self.world.is_main else None,
             )
         )
@@ -299,7 +314,8 @@ class Checkpointer:
 
     def _make_staging(self, step: int) -> Json:
         free = self.store.free_bytes()
-        needed = self._total_bytes + _MANIFEST_SLACK
+        attached = sum(file.entry.size for file in self._attached.values())
+        needed = self._total_bytes + attached + _MANIFEST_SLACK
         if free < needed:
             needs = f"it needs {bytes_text(needed)}, {bytes_text(free)} are free on {self.store.root}"
             return self._refuse(SaveFailed(global_step=step, message=needs, out_of_space=True))
@@ -339,7 +355,7 @@ class Checkpointer:
             tensors=plan.tensors,
             aliases=capture.aliases,
             state=capture.state,
-            settings=draft.settings,
+            settings={**draft.settings, **({ATTACHED: list(self.attached)} if self.attached else {})},
             environment=draft.environment,
             metrics=draft.metrics,
             train_loss=draft.train_loss,
