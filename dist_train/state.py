@@ -16,6 +16,7 @@ from dist_train.differences import Differences
 from dist_train.errors import StateMismatchError
 from dist_train.exclusion import EXCLUDE, Exclusion
 from dist_train.fingerprints import fingerprints
+from dist_train.fully_sharded import drop_unreduced_gradients, reshard
 from dist_train.model_state import (
     Fit,
     capture_model,
@@ -94,11 +95,13 @@ class LiveState:
         """Of a window that was interrupted."""
         for model in self.models.values():
             model.zero_grad()
+            drop_unreduced_gradients(model)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
     def capture(self) -> Capture:
         """Raises UnsaveableStateError, naming the object."""
+        self._reshard()
         capture = Capture()
         for name, model in self.models.items():
             capture_model(model, _place("model", name), capture, self._own_buffers, self._exclusion.leaves_out)
@@ -130,6 +133,7 @@ class LiveState:
             StateMismatchError: lists what differs; nothing was loaded.
             ConfigError: a changed schedule is shorter than the run already is; no tensor was loaded.
         """
+        self._reshard()
         told = Differences()
         fit = self._fit_models(source, everything=True)
         loading = self._require_same_structure(state, settings, source, absent, fit)
@@ -161,6 +165,7 @@ class LiveState:
         Raises:
             StateMismatchError: lists what differs; nothing was loaded.
         """
+        self._reshard()
         fit = self._fit_models(source)
         self._refuse(self._tolerance.refuse(fit), fit)
         loading = self._tolerance.begin(fit)
@@ -281,6 +286,10 @@ class LiveState:
         if self._tolerance.patterns:
             settings[_PARTIAL] = list(self._tolerance.patterns)
         return {**settings, **self._exclusion.describe()}
+
+    def _reshard(self) -> None:
+        """What an evaluation has left gathered; registered modules may be sharded, too."""
+        reshard([*self.models.values(), *(one for one in self.registered.values() if isinstance(one, nn.Module))])
 
     def _by_place(self) -> dict[str, nn.Module]:
         return {_place("model", name): model for name, model in self.models.items()}
