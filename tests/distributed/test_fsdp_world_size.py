@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 
 
 def train_on(world_sizes: list[int], folder: Path, loop: str, seed: int) -> str:
-    """Each life but the last is killed at a moment of training, in the middle of an epoch. Returns the run directory."""
+    """Each life but the last is killed at a moment of training. Returns the run directory."""
     run_dir = str(folder / "run")
     options = ["--loop", loop, "--every-steps", "1", "--run-dir", run_dir, "--samples", str(folder / "used")]
     plan = ChaosPlan(str(folder / "chaos"), seed, len(world_sizes) - 1, most_micro_steps=12, most_operations=40)
