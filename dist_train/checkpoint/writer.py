@@ -33,7 +33,7 @@ from dist_train.checkpoint.manifest import (
 )
 from dist_train.checkpoint.ownership import Ownership
 from dist_train.checkpoint.plan import Plan
-from dist_train.checkpoint.snapshot import Image
+from dist_train.checkpoint.snapshot import COPY_TIMEOUT_SECONDS, Image
 from dist_train.checkpoint.store import Store, is_out_of_space
 from dist_train.checkpoint.tensor_file import DTYPES
 from dist_train.checkpoint.trash import discard
@@ -296,6 +296,7 @@ def write_shards(store: Store, job: SaveJob, on_chunk: Callable[[memoryview], No
     files: dict[str, Json] = {}
     try:
         phases.reach(Point.WRITING)
+        job.image.wait(COPY_TIMEOUT_SECONDS)
         for name in job.plan.files:
             entry = _write_file(store, f"{job.staging}/{name}", *job.image.file(name), on_chunk)
             files[name] = {"size": entry.size, "digest": entry.digest, "blocks": entry.blocks}
