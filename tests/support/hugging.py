@@ -166,3 +166,31 @@ def export_under_watch(folder: str) -> dict[str, int]:
     with quiet():
         export_checkpoint(f"{folder}/run", "latest", f"{folder}/hf", form="hf")
     return {"before": before, "peak": watch.end()["anon"]}
+
+
+def load_example(run_dir: str, folder: str) -> str:
+    """What the example has trained, by transformers (and PEFT) alone: a text that it goes on with.
+
+    Args:
+        folder: the checkpoint itself or an export, of the model or of an adapter.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        torch.manual_seed(0)  # as the example, whose base comes from nowhere else
+        sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 128}
+        config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
+        base = AutoModelForCausalLM.from_config(config)
+        model = PeftModel.from_pretrained(base, folder)
+        other = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig.from_pretrained(folder))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        other = AutoModelForCausalLM.from_config(model.config)
+    with quiet():
+        load_model(run_dir, "latest", other)
+    assert torch.equal(logits(model), logits(other))
+    tokens = model.generate(**tokenizer("import ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    return str(tokenizer.decode(tokens[0]))
