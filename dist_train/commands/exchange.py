@@ -157,7 +157,8 @@ def _export_lines(done: Exported) -> list[str]:
 def _publishing_line(done: Exported) -> str:
     config = _CONFIG[done.format]
     if config not in done.attached:
-        return f"Copy {config} (and the tokenizer's files) beside it; run.attach(model) has it go along by itself"
+        copied = f"For from_pretrained, copy {config} (and the tokenizer's files) of the model beside it"
+        return f"{copied}; run.attach(model, tokenizer) has them go along by themselves"
     if done.format == "peft":
         return f"Load it with PeftModel.from_pretrained(base_model, {done.path!r})"
     return f"Load it with AutoModel.from_pretrained({done.path!r}), or the class for its task"

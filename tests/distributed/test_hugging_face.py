@@ -15,6 +15,7 @@ from dist_train.run import Run
 from dist_train.world import current_world
 from tests.support import hugging
 from tests.support.forked import run_ranks
+from tests.support.launch import ROOT
 
 pytestmark = pytest.mark.distributed
 OWN_KB = 16_000
@@ -53,6 +54,19 @@ def test_an_export_takes_a_bounded_buffer_however_large_a_tensor_is(tmp_path: Pa
             block = large[low : low + 1000]
             first = low * hugging.COLUMNS
             assert torch.equal(block.flatten(), torch.arange(first, first + block.numel(), dtype=torch.int32))
+
+
+def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
+    run_ranks(hugging.run_page, 1, str(ROOT / "docs/huggingface.md"), str(tmp_path))
+    assert sorted(one.name for one in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < {
+        one.name for one in (tmp_path / "gpt-hf").iterdir()
+    }
 
 
 def test_what_the_main_rank_cannot_attach_is_an_error_on_every_rank_and_its_own_files_count(tmp_path: Path) -> None:

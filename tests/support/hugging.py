@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
+import runpy
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train.checkpoint.exchange import export_checkpoint
 from dist_train.checkpoint.inference import load_model
 from dist_train.checkpoint.policy import CheckpointPolicy
+from dist_train.cli import main
 from dist_train.run import Run
 from dist_train.world import current_world
+from tests.support.launch import ROOT
 from tests.support.memory_run import Watch, status
 
 ROWS, COLUMNS = 5000, 16000
@@ -67,12 +73,15 @@ def train(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, steps: i
 
 
 def load_live_folders(folder: str) -> dict[str, Any]:
-    """Trains with DDP (alone: with torch.compile around the model), and loads each checkpoint while the next is saved;
-    in the end also the older ones, which have become weights-only. Which files of weights each of them has.
+    """Trains with DDP and activation checkpointing (alone: with torch.compile around the model), and loads each
+    checkpoint while the next is saved; in the end also the older ones, which have become weights-only. Which files of
+    weights each of them has.
     """
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
     world, plain = current_world(), gpt2()
+    if world.world_size > 1:
+        plain.gradient_checkpointing_enable()
     model: Any = DistributedDataParallel(plain) if world.world_size > 1 else torch.compile(plain)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     policy = CheckpointPolicy(every_steps=1, keep_last=9, keep_optimizer=1)
@@ -194,3 +203,23 @@ def load_example(run_dir: str, folder: str) -> str:
     assert torch.equal(logits(model), logits(other))
     tokens = model.generate(**tokenizer("import ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     return str(tokenizer.decode(tokens[0]))
+
+
+def run_page(page: str, folder: str) -> None:
+    """Does what the blocks of a page of the docs say, in order, in a folder."""
+    from transformers import GPT2Config
+
+    example = runpy.run_path(str(ROOT / "examples/transformers_finetune.py"), run_name="example")
+    tokenizer = example["byte_tokenizer"]()
+    tokenizer.pad_token = tokenizer.eos_token
+    sizes = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    train_set = [{"input_ids": list(range(start, start + 16))} for start in range(12)]
+    names = {"config": GPT2Config(vocab_size=len(tokenizer), **sizes), "tokenizer": tokenizer, "train_set": train_set}
+    os.chdir(folder)
+    with quiet():
+        for language, text in re.findall(r"^```(python|bash)\n(.*?)^```$", Path(page).read_text(), re.M | re.S):
+            if language == "python":
+                exec(compile(text, page, "exec"), names)
+            else:
+                for line in text.splitlines():
+                    assert main(shlex.split(line)[1:]) == 0, line

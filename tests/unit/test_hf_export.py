@@ -96,7 +96,7 @@ def test_what_was_attached_lies_beside_the_weights_and_the_command_says_how_to_l
     assert f"AutoModel.from_pretrained({str(tmp_path / 'out')!r})" in said
     bare = make_run(tmp_path / "bare", {"a": torch.ones(2)})
     assert main(["export", bare, "--format", "hf", "--to", str(tmp_path / "bare-out")]) == 0
-    assert "Copy config.json (and the tokenizer's files) beside it; run.attach(model)" in capsys.readouterr().out
+    assert "of the model beside it; run.attach(model, tokenizer)" in capsys.readouterr().out
     assert main(["export", run_dir, "--format", "pth", "--to", str(tmp_path / "out.pth"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["attached"] == []
 
