@@ -294,7 +294,14 @@ def _size_of(parts: Sequence[Part], to: str, beside: Mapping[str, bytes] | None 
 
 def _read_attached(opened: Opened) -> dict[str, bytes]:
     """Verified with the rest a moment ago."""
-    return {name: Path(opened.path, name).read_bytes() for name in opened.manifest.attached}
+    try:
+        return {name: Path(opened.path, name).read_bytes() for name in opened.manifest.attached}
+    except FileNotFoundError as error:
+        raise CorruptCheckpointError(
+            f"{error.filename} is gone: the training that goes on has pruned the checkpoint. Export it again, or "
+            f"another one; `dist-train pin` keeps one.",
+            opened.path,
+        ) from error
 
 
 def _write_beside(folder: Store, beside: Mapping[str, bytes]) -> None:
