@@ -112,6 +112,12 @@ class CheckpointReader:
             return _view(data, part)
         return self.create(name, torch.device("cpu"))
 
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A part of a tensor, on the CPU, whatever files hold its bytes: no more memory than the part takes."""
+        box = torch.empty(sizes, dtype=self.describe(name)[1])
+        self._fill_box(name, box, offsets, sizes)
+        return box
+
     def forget(self, name: str) -> int:
         """Lets the memory go that reading a tensor took; returns its bytes in the files."""
         num_bytes = sum(part.num_bytes for _, part in self._parts.get(self._resolve(name), []))
