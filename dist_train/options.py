@@ -53,6 +53,12 @@ class RunOptions:
     that does."""
     health: HealthPolicy = field(default_factory=HealthPolicy)
     """What happens where a gradient is not finite, or far larger than usual."""
+    warm_start: str | None = None
+    """Weights and buffers that a fresh start begins with; optimizer, schedule, random generators and progress are new.
+    "runs/base" (its best checkpoint, or the latest where no metric is monitored), "runs/base:best", "runs/base:latest",
+    "runs/base:epoch:15", "runs/base:step:1200", the path of a checkpoint; or the file or folder of other programs:
+    .safetensors, .pth, Hugging Face's. The run's own checkpoints come first on every later start, and `resume="must"`
+    begins nothing. A start that is killed before its first checkpoint begins with the same again."""
     partial_load: Sequence[str] = ()
     """What of the models may differ from a checkpoint that is loaded: patterns as `fnmatch` has them, over the names of
     parameters and buffers, `("head.*", "old_head.*")`; of several models "NAME.head.*". Of what matches, what is only

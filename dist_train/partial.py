@@ -109,8 +109,7 @@ class Tolerance:
             return ""
         given = tuple(dict.fromkeys([*self.patterns, *_cover([plain_name(name, self._models) for name in strict])]))
         return (
-            f" To load what fits and leave the rest as constructed, say what may differ: partial_load={given!r}; to "
-            f"take the weights alone and train anew, give another run_dir and this checkpoint as warm_start."
+            f" To load what fits and leave the rest as it is constructed, say what may differ: partial_load={given!r}."
         )
 
     def unmatched(self, fit: Fit, saved: Iterable[str]) -> list[str]:
