@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from dist_train.errors import ConfigError
 from dist_train.model_state import clean_name, hidden_buffers, tied_names
 from dist_train.optimizer_state import TensorSource
-from dist_train.partial import matches, plain_name, some
+from dist_train.partial import find_idle, matches, plain_name, some
 
 logger = logging.getLogger(__name__)
 Json = Any
@@ -65,7 +65,7 @@ class Exclusion:
     def _find(self) -> None:
         everything = self._live()
         plain = {full: self.plain(full) for full in everything}
-        if idle := [one for one in self.patterns if not any(matches(name, [one]) for name in plain.values())]:
+        if idle := find_idle(self.patterns, plain.values()):
             raise ConfigError(
                 f"exclude={self.patterns!r}: {some(idle)} matches no tensor of the model, which has "
                 f"{some(plain.values())}. Patterns are those of fnmatch, over the names of its state_dict; of several "
@@ -115,29 +115,31 @@ class Exclusion:
     def compare_absent(self, saved: Json) -> list[str]:
         """Where weights alone are loaded: what their checkpoint was saved without stays as it is here."""
         then = saved or _NOTHING
-        live = {full for full in absent_names(saved) if full in self._live()} - self.names
+        live = sorted(absent_names(saved) & self._live().keys() - self.names)
         if not live:
             return []
-        self._warn_of_others({full: then["tensors"][full] for full in live})
-        unknown = [full for full in sorted(live) if then["tensors"][full] is None]
-        is_known = f"of {len(unknown)} nobody can tell whether they are those of the training" if unknown else ""
+        is_other = self._warn_of_others({full: then["tensors"][full] for full in live})
+        unknown = [full for full in live if then["tensors"][full] is None]
+        known = "" if is_other or unknown else ", with the values of the training"
+        unsure = f"; of {len(unknown)} nobody can tell whether they have the values of the training" if unknown else ""
         return [
             f"{len(live)} tensors are not in the checkpoint, which was saved with exclude={tuple(then['patterns'])!r}, "
-            f"and stay as they are in the model: {some(map(self.plain, sorted(live)))}"
-            + (f"; {is_known}." if is_known else ".")
+            f"and stay as they are in the model{known}: {some(map(self.plain, live))}{unsure}."
         ]
 
-    def _warn_of_others(self, then: Mapping[str, str | None]) -> None:
+    def _warn_of_others(self, then: Mapping[str, str | None]) -> bool:
         """Where values are not those of the run that saved; None of those is not known."""
         live = self._live() if then else {}
         now = {full: self._digests.get(full) or digest(live[full]) for full, one in then.items() if one is not None}
-        if others := sorted(self.plain(full) for full, one in now.items() if one not in (None, then[full])):
+        others = sorted(self.plain(full) for full, one in now.items() if one not in (None, then[full]))
+        if others:
             logger.warning(
                 "%d tensors that are not in checkpoints do not have the values that they had in the run that saved "
                 "(%s): the checkpoint belongs to another base. Load the base that it was trained with.",
                 len(others),
                 some(others),
             )
+        return bool(others)
 
     def _live(self) -> dict[str, torch.Tensor]:
         return {full: value for place, model in self._models.items() for full, value in _tensors(model, place)}

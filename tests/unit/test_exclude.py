@@ -147,7 +147,10 @@ def test_the_model_is_loaded_with_what_is_there_and_the_base_is_judged(
         model.lora.weight.zero_()
     load_model(str(tmp_path), "latest", model)
     assert_same(dict(model.state_dict()), dict(trained.state_dict()))
-    assert "saved with exclude=('base.*', 'table'), and stay as they are in the model" in caplog.text
+    assert (
+        "saved with exclude=('base.*', 'table'), and stay as they are in the model, with the values of the training"
+        in caplog.text
+    )
     assert "do not have the values" not in caplog.text
     load_model(str(tmp_path), "latest", adapted(seed=5))
     assert "do not have the values that they had in the run that saved (base.0.bias" in caplog.text
@@ -164,6 +167,12 @@ def test_an_excluded_tensor_that_is_tied_to_one_that_is_saved_is_saved(tmp_path:
     assert "base.0.weight" in stored(tmp_path)
     assert "model/base.0.weight" not in manifests_of(tmp_path)[-1]["settings"]["exclude"]["tensors"]
     train(tmp_path, tied(), 3, exclude=EXCLUDE)
+
+
+def test_everything_but_what_is_trained_can_be_excluded(tmp_path: Path) -> None:
+    train(tmp_path, adapted(), 2, exclude=("*", "!lora.*"))
+    assert stored(tmp_path) == {"lora.weight", "lora.bias"}
+    assert not any(name.startswith("buffer/") for name in manifests_of(tmp_path)[-1]["tensors"])
 
 
 def test_of_several_models_the_names_begin_with_the_models(tmp_path: Path) -> None:

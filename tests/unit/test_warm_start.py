@@ -18,7 +18,7 @@ from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StateMi
 from tests.support.damage import Damage
 from tests.support.forked import run_ranks
 from tests.support.grown import adam, assert_same, network, train, values
-from tests.support.small_run import events_of, manifests_of
+from tests.support.small_run import Numbered, events_of, manifests_of
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,27 @@ def test_a_copy_that_was_made_before_the_weights_came_is_told(base: Path, tmp_pa
             pass
     (notes,) = [event["notes"] for event in events_of(tmp_path, "noted")]
     assert any("Registered before these weights were there: average" in note for note in notes)
+
+
+def test_the_trainer_hands_its_settings_on(tmp_path: Path) -> None:
+    def fit(run_dir: str, head: int, **settings: Any) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4).eval(), torch.nn.Linear(4, head))
+        dt.Trainer(
+            model,
+            torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1),
+            train_data=Numbered(),
+            loss=lambda model, batch: model(batch[0]).square().mean(),
+            config=dt.TrainConfig(run_dir=str(tmp_path / run_dir), epochs=1, global_batch_size=4, cpu=True, **settings),
+        ).fit()
+        return events_of(tmp_path / run_dir)
+
+    fit("base", 1)
+    patterns = {"partial_load": ("2.*",), "exclude": ("1.weight", "1.bias")}
+    events = fit("run", 2, warm_start=f"{tmp_path}/base", **patterns)
+    assert events[0]["warm_start"]["requested"] == f"{tmp_path}/base"
+    settings = manifests_of(tmp_path / "run")[-1]["settings"]
+    assert (settings["partial_load"], settings["exclude"]["patterns"]) == (["2.*"], ["1.weight", "1.bias"])
 
 
 # What cannot be used
