@@ -88,7 +88,7 @@ def _is_extra(name: str, value: Any) -> bool:
 def restore_model(model: nn.Module, place: str, source: TensorSource, own_buffers: bool) -> None:
     buffers = {clean_name(name) for name, _ in model.named_buffers()}
     with torch.no_grad():
-        for name, value in _tensors_as_stored(model, place, source):
+        for name, value in tensors_as_stored(model, place, source):
             own = own_buffers and name in buffers and not isinstance(value, DTensor)
             source.fill(f"{place}/{name}", value) if not own else _fill_own(source, f"{place}/{name}", value)
         present = set(source.names(f"buffer/{place}/"))
@@ -108,7 +108,7 @@ def _fill_own(source: TensorSource, name: str, value: torch.Tensor) -> None:
     source.fill(own, value)
 
 
-def _tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor once. Which name of a tied one is stored is for its writer to choose: that one, or the first."""
     stored = set(source.names(f"{place}/"))
     for names, value in _tied_names(model):
@@ -121,7 +121,7 @@ def _tied_names(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
 
 
 def compare_model(model: nn.Module, place: str, source: TensorSource) -> list[str]:
-    live = {f"{place}/{name}": value for name, value in _tensors_as_stored(model, place, source)}
+    live = {f"{place}/{name}": value for name, value in tensors_as_stored(model, place, source)}
     saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")}
     groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in _tied_names(model)]
     copies, problems = compare_copies(groups, lambda name: source.create(name, CPU))

@@ -24,14 +24,21 @@ from dist_train.model_state import (
     keeps_own_buffers,
     restore_extra,
     restore_model,
+    tensors_as_stored,
 )
 from dist_train.optimizer_state import (
     CPU,
+    Shared,
     TensorSource,
     capture_optimizer,
     compare_groups,
+    has_groups_of,
     innermost_optimizer,
+    own_settings,
     restore_optimizer,
+    restore_own,
+    shares_groups,
+    with_inner,
 )
 from dist_train.rates import ScheduledOptimizer
 from dist_train.rng import capture_rng
@@ -77,6 +84,8 @@ class LiveState:
     ) -> None:
         self.models = {name: innermost_module(model) for name, model in models.items()}
         self.optimizers = {name: innermost_optimizer(optimizer) for name, optimizer in optimizers.items()}
+        self.every_optimizer = with_inner(self.optimizers)
+        """Those inside of others (SAM, Lookahead) too: each has state."""
         self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
         self.registered: dict[str, Stateful] = {}
@@ -96,7 +105,7 @@ class LiveState:
         for name, model in self.models.items():
             capture_model(model, _place("model", name), capture, self._own_buffers)
         names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
         for place, one in self._plain_objects():
@@ -146,14 +155,28 @@ class LiveState:
         if self.scaler is not None and state.get("scaler"):
             # Before the optimizer: FSDP2's scaler looks at the optimizer's state when it is loaded.
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
-        names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
-            if (place := _place("optimizer", name)) in state:
-                restore_optimizer(optimizer, names, source, state[place])
+        self._restore_optimizers(state, settings, source, told)
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
                 self._load_plain(one, place, state[place], source)
         return told
+
+    def _restore_optimizers(
+        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource, told: Differences
+    ) -> None:
+        """State, after the models': what shares a tensor with them shares it again."""
+        names = self._parameter_names()
+        live = {
+            f"{place}/{name}": value
+            for place, model in ((_place("model", name), model) for name, model in self.models.items())
+            for name, value in tensors_as_stored(model, place, source)
+        }
+        shared = Shared(source, live)
+        for name, optimizer in self.every_optimizer.items():
+            if (place := _place("optimizer", name)) in state:
+                then = settings.get(f"{place}/own")
+                told.changes |= restore_own(optimizer, place, shared, state[place], then)
+                restore_optimizer(optimizer, names, shared, state[place])
 
     def restore_registered(
         self, name: str, state: Mapping[str, Json], source: TensorSource, absent: Collection[str] = ()
@@ -204,7 +227,7 @@ class LiveState:
             for place, json in state.items()
             if place.partition("/")[0] == "scheduler"
         }
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self._with_own_groups().items():
             place, own = _place("optimizer", name), _place("scheduler", name)
             mine = {key: one for key, one in live.items() if owners[key] == name}
             ScheduledOptimizer(
@@ -230,13 +253,20 @@ class LiveState:
                 merged = merge_scheduler(saved[place], scheduler, place)
                 scheduler.load_state_dict(decode(merged, self._loader(source)))
 
+    def _with_own_groups(self) -> dict[str, torch.optim.Optimizer]:
+        """Without those inside of others that have the others' groups."""
+        return {
+            name: one
+            for name, one in self.every_optimizer.items()
+            if name in self.optimizers or not shares_groups(one, self.every_optimizer)
+        }
+
     def _owner_of(self, place: str, scheduler: Any) -> str | None:
         """The name of the optimizer whose rates a scheduler moves; of an only one where it does not tell."""
         its = getattr(scheduler, "optimizer", None)
-        owner = next(
-            (name for name, one in self.optimizers.items() if its is not None and innermost_optimizer(its) is one), None
-        )
-        return next(iter(self.optimizers)) if its is None and len(self.optimizers) == 1 else owner
+        if its is None and len(self.optimizers) == 1:
+            return next(iter(self.optimizers))
+        return next((name for name, one in self._with_own_groups().items() if has_groups_of(one, its)), None)
 
     def _has(self, kind: str) -> bool:
         """Whether there is anything here that a kind of state would be loaded into."""
@@ -260,9 +290,11 @@ class LiveState:
     def _settings(self) -> dict[str, Json]:
         """Each setting's value now, at construction."""
         settings: dict[str, Json] = {}
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             settings[f"{place}/class"] = type(optimizer).__name__
+            if own := own_settings(optimizer, place):
+                settings[f"{place}/own"] = own
             settings[place] = [
                 group_settings(group, f"{place}/settings/{index}") for index, group in enumerate(optimizer.param_groups)
             ]
@@ -287,7 +319,7 @@ class LiveState:
         for name, model in self.models.items():
             problems += compare_model(model, _place("model", name), source)
         names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             if place not in state:
                 problems += [f"the checkpoint holds no {place}"] if "optimizer" not in absent else []

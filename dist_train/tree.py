@@ -132,6 +132,26 @@ def _key(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
     return decode(json, load)
 
 
+def rename_tensors(json: Json, names: Mapping[str, str]) -> Json:
+    """What `encode` made of a value, with other names for some of its tensors."""
+    if isinstance(json, list):
+        return [rename_tensors(item, names) for item in json]
+    if not isinstance(json, dict):
+        return json
+    if json.get(_TAG) in ("tensor", "ndarray"):
+        return {**json, "name": names.get(json["name"], json["name"])}
+    return {key: rename_tensors(value, names) for key, value in json.items()}
+
+
+def holds_only(value: Any, is_leaf: Callable[[Any], bool]) -> bool:
+    """Whether a value is made of such leaves and of dict, list, tuple and set."""
+    if type(value) is dict:
+        return all(holds_only(inner, is_leaf) for pair in value.items() for inner in pair)
+    if type(value) in (list, tuple, set):
+        return all(holds_only(inner, is_leaf) for inner in value)
+    return is_leaf(value)
+
+
 def shown(json: Json) -> Json:
     """What `encode` made of a value, as plain JSON for people: without tags, keys as text."""
     if isinstance(json, list):

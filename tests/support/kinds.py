@@ -1,0 +1,11 @@
+"""The table of what training scripts hold: name -> how it is built, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+from tests.support.kinds_optimizers import OPTIMIZERS
+from tests.support.scripts import Kind
+
+SECTIONS: dict[str, dict[str, Kind]] = {
+    "Optimizers": OPTIMIZERS,
+}
+KINDS: dict[str, Kind] = {name: kind for section in SECTIONS.values() for name, kind in section.items()}
