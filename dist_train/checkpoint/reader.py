@@ -67,6 +67,10 @@ class CheckpointReader:
         entry = self._manifest.tensors[self._resolve(name)]
         return tuple(entry.shape), DTYPES[entry.dtype]
 
+    def is_sharded(self, name: str) -> bool:
+        """Whether it was saved in several parts."""
+        return len(self._parts.get(self._resolve(name), [])) > 1
+
     def own_name(self, name: str) -> str:
         """The name of this rank's own value where every rank's was kept."""
         own = own_name(name, self._rank)
