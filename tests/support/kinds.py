@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from tests.support.kinds_models import MODELS
 from tests.support.kinds_optimizers import OPTIMIZERS
 from tests.support.scripts import Kind
 
 SECTIONS: dict[str, dict[str, Kind]] = {
+    "Models": MODELS,
     "Optimizers": OPTIMIZERS,
 }
 KINDS: dict[str, Kind] = {name: kind for section in SECTIONS.values() for name, kind in section.items()}

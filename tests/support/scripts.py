@@ -222,6 +222,8 @@ def observe_plain(value: Any, seen: dict[int, str], place: str) -> Any:
         return observe(value.get_state(), seen, place)
     if isinstance(value, random.Random):
         return value.getstate()
+    if isinstance(value, torch.amp.GradScaler):  # made at the first use, of what was loaded
+        return value.state_dict()
     if isinstance(value, torch.Generator):
         return observe_tensor(value.get_state())
     if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, type)):
