@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_train.capture import Capture
 from dist_train.differences import Differences
+from dist_train.each_rank import EachRank
 from dist_train.errors import StateMismatchError
 from dist_train.exclusion import EXCLUDE, Exclusion
 from dist_train.fingerprints import fingerprints
@@ -95,7 +96,7 @@ class LiveState:
         """Those inside of others (SAM, Lookahead) too: each has state."""
         self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
-        self.registered: dict[str, Stateful] = {}
+        self.registered: dict[str, Stateful | EachRank] = {}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
         self._tolerance = Tolerance(partial_load, self.models)
         self._exclusion = Exclusion(exclude, self._by_place(), self.optimizers)
@@ -120,7 +121,10 @@ class LiveState:
             place = _place("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
         for place, one in self._plain_objects():
-            capture.state[place] = encode(one.state_dict(), place, capture.tensors)
+            if isinstance(one, EachRank):
+                one.capture(place, capture)
+            else:
+                capture.state[place] = encode(one.state_dict(), place, capture.tensors)
         tie_registered(self.registered, capture)
         capture.rank_state["rng"] = capture_rng()
         return capture

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from tests.support.kinds_models import MODELS
+from tests.support.kinds_objects import OBJECTS
 from tests.support.kinds_optimizers import OPTIMIZERS
+from tests.support.kinds_schedulers import SCHEDULERS
 from tests.support.scripts import Kind
 
 SECTIONS: dict[str, dict[str, Kind]] = {
     "Models": MODELS,
     "Optimizers": OPTIMIZERS,
+    "Schedulers": SCHEDULERS,
+    "Registered objects": OBJECTS,
 }
 KINDS: dict[str, Kind] = {name: kind for section in SECTIONS.values() for name, kind in section.items()}
