@@ -216,7 +216,7 @@ def fit_optimizer(
         today = group_settings(optimizer.param_groups[index], "~group")
         groups.append({"params": live[index], "settings": today if home is None else json["groups"][home]["settings"]})
         constructions.append(today if home is None or then is None or not known_then else then[home])
-    return {"groups": groups, "state": states, "loose": json["loose"]}, constructions if known_then else None
+    return {**json, "groups": groups, "state": states}, constructions if known_then else None
 
 
 def _states(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_train.capture import Capture
 from dist_train.differences import Differences
+from dist_train.each_rank import EachRank
 from dist_train.errors import StateMismatchError
 from dist_train.exclusion import EXCLUDE, Exclusion, absent_names
 from dist_train.fingerprints import fingerprints
@@ -26,15 +28,22 @@ from dist_train.model_state import (
     keeps_own_buffers,
     restore_extra,
     restore_model,
+    tensors_as_stored,
 )
 from dist_train.optimizer_state import (
     CPU,
+    Shared,
     TensorSource,
     capture_optimizer,
     compare_groups,
+    has_groups_of,
     innermost_optimizer,
     member_names,
+    own_settings,
     restore_optimizer,
+    restore_own,
+    shares_groups,
+    with_inner,
 )
 from dist_train.partial import Loading, Tolerance, fit_optimizer, some, tell
 from dist_train.rates import ScheduledOptimizer
@@ -83,9 +92,11 @@ class LiveState:
     ) -> None:
         self.models = {name: innermost_module(model) for name, model in models.items()}
         self.optimizers = {name: innermost_optimizer(optimizer) for name, optimizer in optimizers.items()}
+        self.every_optimizer = with_inner(self.optimizers)
+        """Those inside of others (SAM, Lookahead) too: each has state."""
         self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
-        self.registered: dict[str, Stateful] = {}
+        self.registered: dict[str, Stateful | EachRank] = {}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
         self._tolerance = Tolerance(partial_load, self.models)
         self._exclusion = Exclusion(exclude, self._by_place(), self.optimizers)
@@ -106,11 +117,14 @@ class LiveState:
         for name, model in self.models.items():
             capture_model(model, _place("model", name), capture, self._own_buffers, self._exclusion.leaves_out)
         names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
         for place, one in self._plain_objects():
-            capture.state[place] = encode(one.state_dict(), place, capture.tensors)
+            if isinstance(one, EachRank):
+                one.capture(place, capture)
+            else:
+                capture.state[place] = encode(one.state_dict(), place, capture.tensors)
         tie_registered(self.registered, capture)
         capture.rank_state["rng"] = capture_rng()
         return capture
@@ -146,14 +160,28 @@ class LiveState:
         if self.scaler is not None and state.get("scaler"):
             # Before the optimizer: FSDP2's scaler looks at the optimizer's state when it is loaded.
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
-        names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
-            if (place := _place("optimizer", name)) in state:
-                restore_optimizer(optimizer, names, source, state[place])
+        self._restore_optimizers(state, settings, source, told)
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
                 load_registered(one, place, state[place], source, self._loader(source))
         return told
+
+    def _restore_optimizers(
+        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource, told: Differences
+    ) -> None:
+        """State, after the models': what shares a tensor with them shares it again."""
+        names = self._parameter_names()
+        live = {
+            f"{place}/{name}": value
+            for place, model in ((_place("model", name), model) for name, model in self.models.items())
+            for name, value in tensors_as_stored(model, place, source)
+        }
+        shared = Shared(source, live)
+        for name, optimizer in self.every_optimizer.items():
+            if (place := _place("optimizer", name)) in state:
+                then = settings.get(f"{place}/own")
+                told.changes |= restore_own(optimizer, place, shared, state[place], then)
+                restore_optimizer(optimizer, names, shared, state[place])
 
     def restore_weights(
         self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource
@@ -220,7 +248,7 @@ class LiveState:
             for place, json in state.items()
             if place.partition("/")[0] == "scheduler"
         }
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self._with_own_groups().items():
             place, own = _place("optimizer", name), _place("scheduler", name)
             mine = {key: one for key, one in live.items() if owners[key] == name}
             ScheduledOptimizer(
@@ -246,13 +274,20 @@ class LiveState:
                 merged = merge_scheduler(saved[place], scheduler, place)
                 scheduler.load_state_dict(decode(merged, self._loader(source)))
 
+    def _with_own_groups(self) -> dict[str, torch.optim.Optimizer]:
+        """Without those inside of others that have the others' groups."""
+        return {
+            name: one
+            for name, one in self.every_optimizer.items()
+            if name in self.optimizers or not shares_groups(one, self.every_optimizer)
+        }
+
     def _owner_of(self, place: str, scheduler: Any) -> str | None:
         """The name of the optimizer whose rates a scheduler moves; of an only one where it does not tell."""
         its = getattr(scheduler, "optimizer", None)
-        owner = next(
-            (name for name, one in self.optimizers.items() if its is not None and innermost_optimizer(its) is one), None
-        )
-        return next(iter(self.optimizers)) if its is None and len(self.optimizers) == 1 else owner
+        if its is None and len(self.optimizers) == 1:
+            return next(iter(self.optimizers))
+        return next((name for name, one in self._with_own_groups().items() if has_groups_of(one, its)), None)
 
     def _has(self, kind: str) -> bool:
         """Whether there is anything here that a kind of state would be loaded into."""
@@ -276,9 +311,11 @@ class LiveState:
     def _settings(self) -> dict[str, Json]:
         """Each setting's value now, at construction."""
         settings: dict[str, Json] = {}
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             settings[f"{place}/class"] = type(optimizer).__name__
+            if own := own_settings(optimizer, place):
+                settings[f"{place}/own"] = own
             settings[place] = [
                 group_settings(group, f"{place}/settings/{index}") for index, group in enumerate(optimizer.param_groups)
             ]
@@ -334,7 +371,7 @@ class LiveState:
         problems = self._tolerance.refuse(fit)
         loading = self._tolerance.begin(fit)
         names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             if place not in state:
                 problems += self._compare_new_optimizer(optimizer, place, loading) if "optimizer" not in absent else []
@@ -376,7 +413,7 @@ class LiveState:
         """State and settings as if they had been saved with today's parameter groups."""
         names = self._parameter_names()
         state, settings = dict(state), dict(settings)
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             if (place := _place("optimizer", name)) not in state or not self._tolerance.patterns:
                 continue
             own = {one for group in optimizer.param_groups for one in member_names(0, group, names)}
