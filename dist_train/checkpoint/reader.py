@@ -30,6 +30,7 @@ class CheckpointReader:
         self._manifest = manifest
         self._rank = rank
         self._maps: list[mmap.mmap] = []
+        self._file_names: dict[int, str] = {}
         self._read_bytes = 0
         self._parts: dict[str, list[tuple[mmap.mmap, Part]]] = {}
         self.on_bytes: Callable[[int], None] = lambda count: None
@@ -46,6 +47,7 @@ class CheckpointReader:
 
     def _index(self, data: mmap.mmap, name: str) -> None:
         self._maps.append(data)
+        self._file_names[id(data)] = name
         group = name.split("-", 1)[0]
         for _, part in read_layout(data, f"{self._path}/{name}"):
             full = full_name(group, part.key) if part.whole else part.name
@@ -65,6 +67,14 @@ class CheckpointReader:
         entry = self._manifest.tensors[self._resolve(name)]
         return tuple(entry.shape), DTYPES[entry.dtype]
 
+    def parts(self, name: str) -> list[tuple[str, Part]]:
+        """The boxes that a tensor is stored in, each with the name of its file."""
+        return [(self._file_names[id(data)], part) for data, part in self._parts.get(self._resolve(name), [])]
+
+    def files_with(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[str]:
+        """The files that hold something of a box of a tensor."""
+        return [file for file, part in self.parts(name) if _overlap(part, offsets, sizes) is not None]
+
     def own_name(self, name: str) -> str:
         """The name of this rank's own value where every rank's was kept."""
         own = own_name(name, self._rank)
@@ -78,9 +88,9 @@ class CheckpointReader:
             raise StateMismatchError(f"{name} is {list(shape)} {dtype} in {self._path} and {here} here.")
         if isinstance(target, DTensor):
             for chunk in target.__create_chunk_list__():
-                self._fill_box(name, target.to_local().detach(), tuple(chunk.offsets), tuple(chunk.sizes))
+                self.fill_box(name, target.to_local().detach(), tuple(chunk.offsets), tuple(chunk.sizes))
         else:
-            self._fill_box(name, target.detach(), (0,) * len(shape), shape)
+            self.fill_box(name, target.detach(), (0,) * len(shape), shape)
 
     def create(self, name: str, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor:
         """A new tensor with the stored values and memory order; sharded as `like` where the shapes are equal."""
@@ -111,7 +121,8 @@ class CheckpointReader:
     def _resolve(self, name: str) -> str:
         return self._manifest.aliases.get(name, name)
 
-    def _fill_box(self, name: str, target: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    def fill_box(self, name: str, target: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        """Overwrites a tensor of these sizes with a box of the stored one; another dtype is converted."""
         filled = 0
         for data, part in self._parts[self._resolve(name)]:
             overlap = _overlap(part, offsets, sizes)
