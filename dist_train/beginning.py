@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dist_train import differences, phases
+from dist_train.checkpoint.attached import compare_attached
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.resume import ResumeRequest, relabelled
@@ -169,7 +170,8 @@ class Beginning:
         then, sizes = manifest.settings.get("config", {}), (manifest.world_size, self._world.world_size)
         told.changes |= differences.compare_config(then, config, sizes, in_mid_epoch)
         differences.warn_of_other_order(told.changes, in_mid_epoch)
-        told.notes += notes
+        then_attached = {name: manifest.files[name].digest for name in manifest.attached}
+        told.notes += [*notes, *compare_attached(then_attached, self._checkpointer.attached)]
         self._reporter.where_from(self.opened.path, self._progress.now, self._progress.best, self._again)
         self._reporter.resumed(self.opened.path, manifest, told)
         self.opened.reader.close()

@@ -73,6 +73,14 @@ def warn_of_no_loader() -> None:
     )
 
 
+def warn_of_filler() -> None:
+    logger.warning(
+        "This rank has no sample left for a batch of the evaluation, in which every rank takes part because the model "
+        "is sharded: it was given a sample that is counted elsewhere. Metrics of dist_train leave it out; a loop that "
+        "adds up by itself counts a batch only `if run.batch_counts`."
+    )
+
+
 def warn_of_dropped_window(kind: str) -> None:
     logger.warning(
         "The epoch ended inside a window of accumulated batches, and %s has no length to tell it in time: the "

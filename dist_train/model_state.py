@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.capture import Capture
 from dist_train.errors import UnsaveableStateError
+from dist_train.fully_sharded import is_sharded
 from dist_train.optimizer_state import CPU, TensorSource
 from dist_train.tied import compare_copies, group_tied, storage_key
 from dist_train.tree import encode
@@ -40,8 +41,10 @@ def clean_name(name: str) -> str:
 
 
 def keeps_own_buffers(model: nn.Module) -> bool:
+    """Whether nobody makes buffers equal on all ranks: DDP only where it is told not to, fully_shard never does."""
     ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    return ddp and not getattr(model, "broadcast_buffers", True) and any(True for _ in model.buffers())
+    apart = not getattr(model, "broadcast_buffers", True) if ddp else is_sharded(model)
+    return apart and any(not isinstance(buffer, DTensor) for buffer in model.buffers())
 
 
 def capture_model(model: nn.Module, place: str, capture: Capture, own_buffers: bool) -> None:

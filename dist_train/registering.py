@@ -5,9 +5,10 @@ Invariant: everything that a checkpoint holds is known before the first epoch be
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from dist_train.callbacks import Callback, Callbacks, has_state, name_of
+from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.errors import ConfigError
 from dist_train.standing import Standing
 from dist_train.state import LiveState, Stateful
@@ -18,6 +19,7 @@ class Registering(Standing):
 
     _live: LiveState
     _callbacks: Callbacks
+    _checkpointer: Checkpointer
     _begun: bool
 
     def register(self, name: str, one: Stateful) -> None:
@@ -35,6 +37,22 @@ class Registering(Standing):
             raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
         self._live.registered[name] = one
         self._beginning.register(name)
+
+    def attach(self, *items: Any) -> None:
+        """Has small files go along with every checkpoint, so that other programs load its folder as it is; before
+        `epochs` is called, on all ranks. Those of the main rank count.
+
+        Args:
+            items: paths of files; objects with `save_pretrained(folder)`: a transformers config, tokenizer or
+                processor, a PEFT config; or the model itself, which means its configs and never its weights.
+
+        Raises:
+            ConfigError: no such file or object, a name that a checkpoint needs itself, more than 256 MB in all, or
+                `epochs` was called already.
+        """
+        if self._begun:
+            raise ConfigError("run.attach(...) came after run.epochs(); attach files before the loop.")
+        self._checkpointer.attach(items)
 
     def on(self, event: str, callback: Callback, *, name: str | None = None) -> None:
         """Calls `callback(happening)` when `event` happens; see `dist_train.callbacks` for the events.

@@ -16,6 +16,7 @@ from dist_train.capture import Capture
 from dist_train.differences import Differences
 from dist_train.errors import StateMismatchError
 from dist_train.fingerprints import fingerprints
+from dist_train.fully_sharded import drop_unreduced_gradients, reshard
 from dist_train.model_state import (
     capture_model,
     clean_name,
@@ -87,11 +88,13 @@ class LiveState:
         """Of a window that was interrupted."""
         for model in self.models.values():
             model.zero_grad()
+            drop_unreduced_gradients(model)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
     def capture(self) -> Capture:
         """Raises UnsaveableStateError, naming the object."""
+        reshard(self.models.values())
         capture = Capture()
         for name, model in self.models.items():
             capture_model(model, _place("model", name), capture, self._own_buffers)
@@ -134,6 +137,7 @@ class LiveState:
             StateMismatchError: lists what differs; nothing was loaded.
             ConfigError: a changed schedule is shorter than the run already is; no tensor was loaded.
         """
+        reshard(self.models.values())
         self._require_same_structure(state, settings, source, absent)
         told = Differences()
         told.tell_absent([kind for kind in absent if self._has(kind)])

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -28,6 +27,7 @@ from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping, Mean, Metric
 from dist_train.options import RunOptions, require_hang_timeout, require_times
 from dist_train.run import Run
+from dist_train.sharding import KINDS, make_trainers_accelerator, prepare
 from dist_train.world import current_world, init_distributed
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -54,6 +54,13 @@ class TrainConfig:
     """Clip the gradient's norm to this before each update."""
     seed: int = 0
     """Of the order of samples and of augmentation; see `seed_everything` for the model's initialisation."""
+    sharding: str = "none"
+    """`none`: each rank holds the model (DDP). `fsdp`: parameters, gradients and optimizer state are spread over all
+    ranks (FSDP2), so that a larger model fits. `hsdp`: spread over the ranks of a host, with a copy on each host: less
+    traffic between hosts. May change between starts, as the number of ranks may; one rank alone holds the model."""
+    shard_units: Sequence[str] = ()
+    """Class names of the model's blocks, each of which is gathered for its own forward and backward pass alone. Without
+    any: what the model says (`_no_split_modules` of transformers), else what its ModuleLists hold."""
     num_workers: int = 0
     """DataLoader workers of each rank; does not change what is trained."""
     drop_last: bool = False
@@ -112,6 +119,7 @@ class TrainConfig:
             raise ConfigError(
                 f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16', 'fp16' or 'auto'."
             )
+        _require_sharding(self.sharding, self.shard_units)
         if self.gradient_accumulation_steps is None:
             if self.global_batch_size is None:
                 raise ConfigError(
@@ -138,7 +146,7 @@ class TrainResult:
 
 
 class Trainer:
-    """The standard loop over `Run`: DDP, autocast, GradScaler, accumulation, clipping, evaluation, trackers.
+    """The standard loop over `Run`: DDP or FSDP2, autocast, GradScaler, accumulation, clipping, evaluation, trackers.
 
     Args:
         model: on the CPU; it is placed and wrapped here.
@@ -150,6 +158,7 @@ class Trainer:
         metrics: by name, for instance `{"val_smape": SMAPE()}`; `val_loss` is always measured.
         collate_fn: makes a batch of samples; torch's default otherwise.
         callbacks: by event, a function or several: `{"committed": offer_download}`; see `dist_train.callbacks`.
+        attach: files that go along with every checkpoint, a config or a tokenizer for instance; see `Run.attach`.
     """
 
     def __init__(
@@ -165,12 +174,14 @@ class Trainer:
         metrics: Mapping[str, Metric] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         callbacks: Mapping[str, Callback | Sequence[Callback]] | None = None,
+        attach: Sequence[Any] = (),
     ) -> None:
         self.config = config
         self.loss = loss
         self.metrics = dict(metrics or {})
         self.scheduler = scheduler
         self.callbacks = dict(callbacks or {})
+        self.attach = tuple(attach)
         if self.metrics and eval_data is None:
             raise ConfigError(f"metrics {sorted(self.metrics)} are given, but no eval_data to measure them on.")
         if "val_loss" in self.metrics:
@@ -179,7 +190,11 @@ class Trainer:
         if config.deterministic:
             _be_deterministic()
         init_distributed()
-        self.accelerator = Accelerator(
+        self.accelerator = make_trainers_accelerator(
+            config.sharding,
+            model,
+            config.shard_units,
+            current_world(),
             mixed_precision=_choose_precision(config),
             cpu=config.cpu,
             log_with=config.log_with,
@@ -201,12 +216,13 @@ class Trainer:
         if eval_data is not None:
             sampler: Any = self.train_loader.batch_sampler
             self.eval_loader = evaluation_loader(eval_data, batch_size=sampler.micro_batch_size, **shared)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = prepare(self.accelerator, model, optimizer)
 
     def fit(self) -> TrainResult:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
         with self._run() as run:
             self._add_callbacks(run)
+            run.attach(*self.attach)
             for _ in run.epochs(self.config.epochs):
                 self.model.train()
                 for batch in run.batches(self.train_loader):
@@ -351,6 +367,17 @@ def _split_outputs(outputs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
             f"(loss, prediction, target)."
         )
     return outputs, ()
+
+
+def _require_sharding(kind: str, units: Sequence[str]) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"TrainConfig.sharding is {kind!r}; give one of {', '.join(map(repr, KINDS))}.")
+    if isinstance(units, str) or not all(isinstance(name, str) for name in units):
+        raise ConfigError(
+            f"TrainConfig.shard_units is {units!r}; it must be a sequence of class names, ('Block',) for instance."
+        )
+    if units and kind == "none":
+        raise ConfigError(f"TrainConfig.shard_units={list(units)!r} has no effect without sharding='fsdp' or 'hsdp'.")
 
 
 def _be_deterministic() -> None:

@@ -21,10 +21,12 @@ from typing import Any
 from dist_train import errors
 from dist_train.capture import Capture
 from dist_train.checkpoint import roll_back
+from dist_train.checkpoint.attached import AttachedFile, read_attached
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.enclosure import require_place_for_run
 from dist_train.checkpoint.keeper import Keeper
 from dist_train.checkpoint.manifest import (
+    ATTACHED,
     CHECKPOINTS,
     FORMAT_VERSION,
     RUN_FILE,
@@ -44,6 +46,7 @@ from dist_train.checkpoint.restorer import Opened, Restorer
 from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
+from dist_train.checkpoint.survey import take_survey
 from dist_train.checkpoint.trash import discard
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, Writing, describe_error
 from dist_train.console import bytes_text
@@ -102,6 +105,9 @@ class Checkpointer:
         self._plan: Plan | None = None
         self._image: Image | None = None
         self._total_bytes = 0
+        self._attached: dict[str, AttachedFile] = {}
+        self.attached: dict[str, str] = {}
+        """Names and digests of the files that go along with every checkpoint; equal on all ranks."""
         self._serial = 0
         self._sequence = 0
         self._parent: str | None = None
@@ -240,6 +246,15 @@ class Checkpointer:
 
     # Saving
 
+    def attach(self, items: Sequence[Any]) -> None:
+        """Files for every checkpoint from now on; the main rank's items count, see `read_attached`. Collective."""
+
+        def read() -> Json:
+            self._attached = read_attached(items, self._attached)
+            return {name: file.entry.digest for name, file in sorted(self._attached.items())}
+
+        self.attached = self.world.on_main(read, "the files to be attached")
+
     def dry_run(self, capture: Capture) -> None:
         """Plans a save without saving, so that what cannot be saved fails in the first second. Collective."""
         self._refresh_plan(capture)
@@ -264,6 +279,7 @@ class Checkpointer:
                 plan=plan,
                 image=self._image,
                 rank_state={**capture.rank_state, **draft.rank_state},
+                attached=self._attached,
                 manifest=self._draft_manifest(draft, capture, plan) if self.world.is_main else None,
             )
         )
@@ -275,7 +291,8 @@ class Checkpointer:
         if not self.world.max([changed], "whether the structure of the state has changed")[0]:
             assert self._plan is not None
             return self._plan
-        self._plan = plan = make_plan(capture, self.world.rank, self.world.world_size)
+        survey = take_survey(capture, self.world)
+        self._plan = plan = make_plan(capture, self.world.rank, self.world.world_size, survey)
         if self._image is not None:
             self._image.close()
             self._image = None
@@ -285,7 +302,10 @@ class Checkpointer:
         for (name, entry), count in zip(plan.tensors.items(), written[:-1], strict=True):
             expected = math.prod(entry.shape)
             if count != expected:
-                raise errors.DisagreementError(f"{name}: the ranks would write {count} of its {expected} elements.")
+                raise errors.DisagreementError(
+                    f"{name}: the ranks would write {count} of its {expected} elements. All ranks must lay it "
+                    f"out alike: is it sharded on some and plain on others, or on meshes that overlap?"
+                )
         return plan
 
     def _begin(self, draft: Draft) -> Json:
@@ -299,7 +319,8 @@ class Checkpointer:
 
     def _make_staging(self, step: int) -> Json:
         free = self.store.free_bytes()
-        needed = self._total_bytes + _MANIFEST_SLACK
+        attached = sum(file.entry.size for file in self._attached.values())
+        needed = self._total_bytes + attached + _MANIFEST_SLACK
         if free < needed:
             needs = f"it needs {bytes_text(needed)}, {bytes_text(free)} are free on {self.store.root}"
             return self._refuse(SaveFailed(global_step=step, message=needs, out_of_space=True))
@@ -339,7 +360,7 @@ class Checkpointer:
             tensors=plan.tensors,
             aliases=capture.aliases,
             state=capture.state,
-            settings=draft.settings,
+            settings={**draft.settings, **({ATTACHED: list(self.attached)} if self.attached else {})},
             environment=draft.environment,
             metrics=draft.metrics,
             train_loss=draft.train_loss,

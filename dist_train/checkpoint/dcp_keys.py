@@ -26,7 +26,7 @@ _HEADER_KEY = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Box:
+class Fragment:
     """All that a rank had of a tensor, when it saved without the others: stored as a tensor of its own."""
 
     key: str
@@ -44,7 +44,7 @@ class Offer:
     values: dict[str, Json] = field(default_factory=dict)
     """Key -> nested value."""
     planner_data: Any = None
-    boxes: dict[str, Box] = field(default_factory=dict)
+    fragments: dict[str, Fragment] = field(default_factory=dict)
     """Name of the stored tensor -> what it is."""
     dtypes: dict[str, str] = field(default_factory=dict)
     """Key -> dtype that the planner declared, where it handed over another one."""
@@ -71,8 +71,8 @@ def place_of_value(key: str) -> str:
     return f"{STATE}/~values/{key}"
 
 
-def name_of_box(key: str, offsets: Iterable[int]) -> str:
-    return f"{STATE}/~boxes/{key}@{','.join(map(str, offsets))}"
+def name_of_fragment(key: str, offsets: Iterable[int]) -> str:
+    return f"{STATE}/~fragments/{key}@{','.join(map(str, offsets))}"
 
 
 def offer_of(manifest: Manifest) -> Offer:
@@ -82,14 +82,14 @@ def offer_of(manifest: Manifest) -> Offer:
 
 def _offer_of_dcp(manifest: Manifest) -> Offer:
     kept = manifest.state[STATE]
-    boxes = {name: Box(**box) for name, box in kept["boxes"].items()}
+    fragments = {name: Fragment(**one) for name, one in kept["fragments"].items()}
     inner = {name for json in kept["values"].values() for name in tensors_inside(json)}
     names = [name for name in manifest.tensors if name not in inner]
     return Offer(
-        tensors={boxes[name].key if name in boxes else key_of(name): name for name in names},
+        tensors={fragments[name].key if name in fragments else key_of(name): name for name in names},
         values=kept["values"],
         planner_data=decode(kept["planner_data"], _no_tensor),
-        boxes=boxes,
+        fragments=fragments,
         dtypes=kept["dtypes"],
     )
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from dist_train.checkpoint.catalog import read_checkpoint
-from dist_train.checkpoint.dcp_keys import Offer, name_of_box, offer_of, tensors_inside
+from dist_train.checkpoint.dcp_keys import Offer, name_of_fragment, offer_of, tensors_inside
 from dist_train.checkpoint.dcp_writer import StorageWriter
 from dist_train.checkpoint.manifest import CHECKPOINTS, Manifest
 from dist_train.checkpoint.plain_values import write_saved
@@ -112,8 +112,8 @@ class StorageReader(dcp.StorageReader):
         self._opened = opened = self._open(kwargs.get("rank"))
         offer = opened.offer
         table: dict[str, Any] = {key: self._describe(opened, key, name) for key, name in offer.tensors.items()}
-        for name, box in offer.boxes.items():
-            table[box.key].chunks.append(_chunk(box.offsets, opened.manifest.tensors[name].shape))
+        for name, one in offer.fragments.items():
+            table[one.key].chunks.append(_chunk(one.offsets, opened.manifest.tensors[name].shape))
         table.update({key: BytesStorageMetadata() for key in offer.values})
         meta = StorageMeta(checkpoint_id=self.checkpoint_id, load_id=self._load_id)
         return Metadata(state_dict_metadata=table, planner_data=offer.planner_data, storage_data={}, storage_meta=meta)
@@ -202,11 +202,11 @@ class StorageReader(dcp.StorageReader):
     def _describe(self, opened: _Opened, key: str, name: str) -> TensorStorageMetadata:
         shape, dtype = opened.reader.describe(name)
         declared = opened.offer.dtypes.get(key)
-        box = opened.offer.boxes.get(name)
+        fragment = opened.offer.fragments.get(name)
         return TensorStorageMetadata(
             properties=TensorProperties(dtype=getattr(torch, declared) if declared else dtype),
-            size=torch.Size(box.size if box else shape),
-            chunks=[] if box else [_chunk(part.offsets, part.sizes) for _, part in opened.reader.parts(name)],
+            size=torch.Size(fragment.size if fragment else shape),
+            chunks=[] if fragment else [_chunk(part.offsets, part.sizes) for _, part in opened.reader.parts(name)],
         )
 
     def _wanted(self, plan: LoadPlan) -> _Wanted:
@@ -258,9 +258,9 @@ def _load_tensor(opened: _Opened, item: ReadItem, planner: LoadPlanner) -> None:
 def _box_of(opened: _Opened, item: ReadItem) -> tuple[str, tuple[int, ...]]:
     """The stored tensor that a read item means, and where in it the item's box begins."""
     index, inner = item.storage_index, tuple(item.storage_offsets)
-    if opened.offer.boxes:
-        name = name_of_box(index.fqn, index.offset or ())
-        if name in opened.offer.boxes:
+    if opened.offer.fragments:
+        name = name_of_fragment(index.fqn, index.offset or ())
+        if name in opened.offer.fragments:
             return name, inner
     begin = tuple(index.offset) if index.offset is not None else (0,) * len(inner)
     return opened.offer.tensors[index.fqn], tuple(one + other for one, other in zip(begin, inner, strict=True))

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from dist_train.checkpoint.dcp_keys import Box, key_of, name_of, name_of_box, place_of_value
+from dist_train.checkpoint.dcp_keys import Fragment, key_of, name_of, name_of_fragment, place_of_value
 from dist_train.checkpoint.manifest import FileEntry, TensorEntry, shard_name
 from dist_train.checkpoint.plain_values import read_saved, unsaveable
 from dist_train.checkpoint.plan import group_of, key_in_file
@@ -47,7 +47,7 @@ class Receipt:
     """Stored name of a tensor that is whole -> its file."""
     values: dict[str, Json] = field(default_factory=dict)
     """Key -> nested value."""
-    boxes: dict[str, Box] = field(default_factory=dict)
+    fragments: dict[str, Fragment] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
 
 
@@ -103,8 +103,8 @@ class Share:
             )
         name = name_of(key)
         if is_in_parts:
-            name = name_of_box(key, offsets)
-            self.receipt.boxes[name] = Box(key=key, offsets=list(offsets), size=list(size))
+            name = name_of_fragment(key, offsets)
+            self.receipt.fragments[name] = Fragment(key=key, offsets=list(offsets), size=list(size))
             offsets, size = (0,) * len(sizes), sizes
         return self._add_part(name, data.dtype, size, offsets, sizes, partial(self._planner.resolve_data, item))
 

@@ -229,9 +229,9 @@ def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
             f"The planner's own data holds tensors ({', '.join(list(inner)[:3])}); it may hold plain values. Put them "
             f"into the dictionary that is saved."
         )
-    boxes = {name: box for one in receipts for name, box in one.boxes.items()}
+    fragments = {name: fragment for one in receipts for name, fragment in one.fragments.items()}
     actual = {
-        boxes[name].key if name in boxes else key_of(name): entry.dtype
+        fragments[name].key if name in fragments else key_of(name): entry.dtype
         for one in receipts
         for name, entry in one.tensors.items()
     }
@@ -243,7 +243,7 @@ def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
     return {
         "values": {key: value for one in receipts for key, value in one.values.items()},
         "planner_data": planner_data,
-        "boxes": {name: asdict(box) for name, box in boxes.items()},
+        "fragments": {name: asdict(one) for name, one in fragments.items()},
         "dtypes": {key: str(dtype).removeprefix("torch.") for key, dtype in declared.items()},
     }
 

@@ -33,6 +33,8 @@ TRACKING_FILE = "tracking.json"
 PINS = "pins"
 IMPORTED = "imported"
 """Setting of an imported checkpoint: what its source said beside the state, under its own names."""
+ATTACHED = "attached"
+"""Setting: names of the files that the user had go along."""
 DIGEST_BLOCK_BYTES = 8 << 20
 """A running digest is kept at the end of every block, so that verification names the first wrong byte range."""
 
@@ -159,6 +161,11 @@ class Manifest:
         """Digest of the manifest that it replaced, where retention has taken the optimizer's state away."""
         digest: str | None = self.settings.get("stripped_from")
         return digest
+
+    @property
+    def attached(self) -> list[str]:
+        """Files that the user had go along: a config, a tokenizer."""
+        return [name for name in self.settings.get(ATTACHED, []) if name in self.files]
 
     @property
     def optimizer_files(self) -> list[str]:

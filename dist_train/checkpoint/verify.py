@@ -55,6 +55,13 @@ class RunningDigest:
         return FileEntry(size=self._length, digest=self._hash.hexdigest(), blocks=self.blocks)
 
 
+def digest_bytes(data: bytes) -> FileEntry:
+    """The entry of a file with these bytes."""
+    digest = RunningDigest()
+    digest.update(memoryview(data))
+    return digest.entry()
+
+
 def verify_checkpoint(
     store: Store,
     path: str,

@@ -16,11 +16,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dist_train import launched, phases
+from dist_train.checkpoint.attached import AttachedFile
 from dist_train.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST_NAME,
@@ -32,11 +33,11 @@ from dist_train.checkpoint.manifest import (
 )
 from dist_train.checkpoint.ownership import Ownership
 from dist_train.checkpoint.plan import Plan
-from dist_train.checkpoint.snapshot import Image
+from dist_train.checkpoint.snapshot import COPY_TIMEOUT_SECONDS, Image
 from dist_train.checkpoint.store import Store, is_out_of_space
 from dist_train.checkpoint.tensor_file import DTYPES
 from dist_train.checkpoint.trash import discard
-from dist_train.checkpoint.verify import RunningDigest
+from dist_train.checkpoint.verify import RunningDigest, digest_bytes
 from dist_train.errors import DeadlineError, DistTrainError, LauncherLostError, RunInUseError
 from dist_train.phases import Point
 from dist_train.world import Mailbox, World
@@ -66,6 +67,8 @@ class SaveJob:
     plan: Plan
     image: Image
     rank_state: Json
+    attached: Mapping[str, AttachedFile] = field(default_factory=dict)
+    """On the main rank: files that go along."""
     manifest: Manifest | None = None
     """On the main rank: everything but `files` and `rank_state`."""
 
@@ -293,6 +296,7 @@ def write_shards(store: Store, job: SaveJob, on_chunk: Callable[[memoryview], No
     files: dict[str, Json] = {}
     try:
         phases.reach(Point.WRITING)
+        job.image.wait(COPY_TIMEOUT_SECONDS)
         for name in job.plan.files:
             entry = _write_file(store, f"{job.staging}/{name}", *job.image.file(name), on_chunk)
             files[name] = {"size": entry.size, "digest": entry.digest, "blocks": entry.blocks}
@@ -337,17 +341,9 @@ def write_digested(store: Store, path: str, write: Callable[[Callable[[memoryvie
 def commit(store: Store, ownership: Ownership | None, job: SaveJob, receipts: list[Json]) -> Manifest:
     """Publishes a checkpoint whose shards are all durable: the manifest is written last, the rename makes it count."""
     files = _merge_receipts(job, receipts)
-    for name, entry in files.items():
-        size = store.size(f"{job.staging}/{name}")
-        if size != entry.size:
-            raise ShardError(f"{name} is {size} bytes long on the main rank, its writer wrote {entry.size}", False)
+    _require_written(store, job, files)
     assert job.manifest is not None
-    if index := _model_index(job):
-        data = index.encode()
-        store.write_new(f"{job.staging}/{MODEL_INDEX}", data)
-        digest = RunningDigest()
-        digest.update(memoryview(data))
-        files[MODEL_INDEX] = digest.entry()
+    files |= _write_beside(store, job)
     states = [receipt["rank_state"] for receipt in receipts]
     manifest = replace(job.manifest, files=files, rank_state=states, committed_at=time.time())
     store.sync_file(METRICS_LOG)  # the history that the manifest counts on must survive what the manifest survives
@@ -368,6 +364,25 @@ def _merge_receipts(job: SaveJob, receipts: list[Json]) -> dict[str, FileEntry]:
         where = "; ".join(f"rank {rank}: {one['error']}" for rank, one in failed)
         raise ShardError(where, any(one["out_of_space"] for _, one in failed))
     return {name: FileEntry(**entry) for one in receipts for name, entry in one["files"].items()}
+
+
+def _require_written(store: Store, job: SaveJob, files: Mapping[str, FileEntry]) -> None:
+    for name, entry in files.items():
+        size = store.size(f"{job.staging}/{name}")
+        if size != entry.size:
+            raise ShardError(f"{name} is {size} bytes long on the main rank, its writer wrote {entry.size}", False)
+
+
+def _write_beside(store: Store, job: SaveJob) -> dict[str, FileEntry]:
+    """The main rank's own files: the model's index, and what the user has go along."""
+    entries: dict[str, FileEntry] = {}
+    if index := _model_index(job):
+        store.write_new(f"{job.staging}/{MODEL_INDEX}", index.encode())
+        entries[MODEL_INDEX] = digest_bytes(index.encode())
+    for name, file in job.attached.items():
+        store.write_new(f"{job.staging}/{name}", file.data)
+        entries[name] = file.entry
+    return entries
 
 
 def _model_index(job: SaveJob) -> str | None:

@@ -12,7 +12,8 @@ from dist_train.history import read_metrics
 from dist_train.order import sample_order
 from tests.support.bad_batch import EPOCH, GLOBAL_BATCH
 from tests.support.damage import events
-from tests.support.launch import ROOT, Outcome, run_again_until_done, run_command, torchrun
+from tests.support.forked import run_script
+from tests.support.launch import ROOT, Outcome, run_again_until_done, torchrun
 from tests.support.twins import read_checkpoint, same_bits
 
 SCRIPT = str(ROOT / "tests/support/bad_batch.py")
@@ -29,9 +30,7 @@ pytestmark = pytest.mark.distributed
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks that knew from the start what to leave out."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    run_command(
-        torchrun(2, SCRIPT, str(run_dir), "--left-out", str(FIRST)), deadline_seconds=LIFE_SECONDS
-    ).require_success()
+    run_script(2, SCRIPT, str(run_dir), "--left-out", str(FIRST), deadline_seconds=LIFE_SECONDS)
     return run_dir
 
 
@@ -50,7 +49,7 @@ def assert_same_end(run_dir: Path, reference: Path) -> None:
 
 def test_a_bad_batch_on_one_rank_is_gone_back_from_and_left_out(tmp_path: Path, reference: Path) -> None:
     run_dir = tmp_path / "run"
-    run_command(torchrun(2, SCRIPT, str(run_dir), "--bad", str(BAD)), deadline_seconds=LIFE_SECONDS).require_success()
+    run_script(2, SCRIPT, str(run_dir), "--bad", str(BAD), deadline_seconds=LIFE_SECONDS)
     assert_same_end(run_dir, reference)
 
 
@@ -66,8 +65,7 @@ def test_kills_between_the_decision_and_the_end_forget_nothing(tmp_path: Path, r
 
 
 def test_what_one_rank_holds_of_a_sharded_model_is_judged_by_both(tmp_path: Path) -> None:
-    command = torchrun(2, str(ROOT / "tests/support/sharded_guard.py"), str(tmp_path))
-    run_command(command, deadline_seconds=LIFE_SECONDS).require_success()
+    run_script(2, str(ROOT / "tests/support/sharded_guard.py"), str(tmp_path), deadline_seconds=LIFE_SECONDS)
     one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert one == other
     assert one.pop("norm") == pytest.approx(one.pop("expected"), rel=1e-6)

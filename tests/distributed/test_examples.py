@@ -15,6 +15,7 @@ import pytest
 
 from dist_train.checkpoint.store import Store
 from dist_train.history import read_metrics
+from tests.support import forked
 from tests.support.chaos import ChaosPlan
 from tests.support.launch import ROOT, Outcome, run_again_until_done, run_command, torchrun
 from tests.support.twins import assert_same_run
@@ -80,7 +81,7 @@ def test_minimal_trains_the_same_alone_and_on_two_ranks(tmp_path: Path) -> None:
     script = [str(EXAMPLES / "minimal.py"), "--epochs", "2", "--run-dir"]
     alone, together = str(tmp_path / "alone"), str(tmp_path / "together")
     run_command([sys.executable, *script, alone], deadline_seconds=LIFE_SECONDS).require_success()
-    run_command(torchrun(2, *script, together), deadline_seconds=LIFE_SECONDS).require_success()
+    forked.run_script(2, *script, together, deadline_seconds=LIFE_SECONDS)
     losses = [[record["train_loss"] for record in read_metrics(Store(run)) if record["kind"] == "epoch"]
               for run in (alone, together)]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -92,7 +93,7 @@ def test_own_loop_killed_under_torchrun_equals_the_run_that_never_died(tmp_path:
     options = ["--cpu", "--epochs", "3", "--run-dir"]
     script = str(EXAMPLES / "own_loop.py")
     twin, run_dir = str(tmp_path / "twin"), str(tmp_path / "run")
-    run_command(torchrun(2, script, *options, twin), deadline_seconds=LIFE_SECONDS).require_success()
+    forked.run_script(2, script, *options, twin, deadline_seconds=LIFE_SECONDS)
 
     plan = ChaosPlan(str(tmp_path / "chaos"), seed=34, kills=1, most_micro_steps=190)
     killed = torchrun(2, CHAOS, script, *options, run_dir, max_restarts=2)

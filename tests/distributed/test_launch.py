@@ -15,7 +15,8 @@ import pytest
 from dist_train.drill import FaultPlan
 from dist_train.errors import ExitCode
 from tests.support.background import Background
-from tests.support.launch import ROOT, Outcome, run_command, torchrun
+from tests.support.forked import run_script
+from tests.support.launch import ROOT, Outcome, run_command
 from tests.support.twins import assert_same_run
 
 LAUNCH = [sys.executable, "-m", "dist_train.cli", "launch"]
@@ -56,9 +57,9 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Uninterrupted, under plain torchrun."""
+    """Uninterrupted, without the launcher."""
     run_dir = tmp_path_factory.mktemp("twin") / "run"
-    run_command(torchrun(2, SPECIMEN, "--run-dir", str(run_dir)), deadline_seconds=SECONDS).require_success()
+    run_script(2, SPECIMEN, "--run-dir", str(run_dir), deadline_seconds=SECONDS)
     return run_dir
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.background import Background
 from tests.support.chaos import ChaosPlan
+from tests.support.forked import run_script
 from tests.support.launch import ROOT, environment, run_command, torchrun
 from tests.support.twins import assert_same_run
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.distributed
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two uninterrupted ranks."""
     run_dir = tmp_path_factory.mktemp("twin") / "run"
-    run_command(torchrun(2, SPECIMEN, "--run-dir", str(run_dir)), deadline_seconds=120).require_success()
+    run_script(2, SPECIMEN, "--run-dir", str(run_dir), deadline_seconds=120)
     return run_dir
 
 

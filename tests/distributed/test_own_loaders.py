@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.launch import ROOT, run_command, torchrun
+from tests.support.forked import run_script
+from tests.support.launch import ROOT
 from tests.support.own_loaders import UPDATES_PER_EPOCH, assert_same, plain, train, train_bare
 
 
@@ -49,8 +50,7 @@ def test_persistent_workers_keep_the_order_and_augmentation_is_what_the_caveat_s
 
 @pytest.mark.distributed
 def test_on_two_ranks_an_order_and_loaders_of_the_user_s_resume_exactly(tmp_path: Path) -> None:
-    command = torchrun(2, str(ROOT / "tests/support/two_rank_loops.py"), str(tmp_path))
-    run_command(command, deadline_seconds=120).require_success()
+    run_script(2, str(ROOT / "tests/support/two_rank_loops.py"), str(tmp_path), deadline_seconds=120)
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     for loop in ("ordered", "distributed", "stateful"):
         assert [rank[loop]["differs"] for rank in ranks] == [[], []], loop

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from jupyter_client.manager import KernelManager
 
+from tests.support.forked import run_script
 from tests.support.launch import ROOT, Outcome, environment, run_command, torchrun
 from tests.support.signalled import SignalPlan
 from tests.support.small_run import events_of, status_of
@@ -32,7 +33,7 @@ def script(run_dir: Path, *more: str) -> list[str]:
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks to which nothing ever happened."""
     run_dir = tmp_path_factory.mktemp("twin") / "run"
-    run_command(torchrun(2, *script(run_dir)), deadline_seconds=LIFE_SECONDS).require_success()
+    run_script(2, *script(run_dir), deadline_seconds=LIFE_SECONDS)
     return run_dir
 
 
@@ -78,7 +79,7 @@ def test_a_signal_to_torchrun_saves_on_both_ranks_with_workers_alive_and_is_gone
     assert f"{name}: saving at the next step boundary and stopping." in ended.output
     assert "DataLoader worker" not in ended.output
     require_stopped(run_dir, name, reason)
-    run_command(torchrun(2, *script(run_dir, "--workers", "1")), deadline_seconds=LIFE_SECONDS).require_success()
+    run_script(2, *script(run_dir, "--workers", "1"), deadline_seconds=LIFE_SECONDS)
     assert_same_run(twin, run_dir)
 
 
@@ -96,7 +97,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_both_and_nothing_is_lost(
     assert (progress["evaluation"], progress["epochs_completed"]) == (evaluation, 1)
     assert "Run the same command (or notebook) again" in ended.output
     assert "Epoch 2/2" not in ended.output
-    run_command(torchrun(2, *script(run_dir)), deadline_seconds=LIFE_SECONDS).require_success()
+    run_script(2, *script(run_dir), deadline_seconds=LIFE_SECONDS)
     assert_same_run(twin, run_dir)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.launch import ROOT, run_command, torchrun
+from tests.support.forked import run_script
+from tests.support.launch import ROOT
 from tests.support.twins import read_checkpoint, same_bits
 
 SCRIPT = str(ROOT / "tests/support/sharded.py")
@@ -27,8 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(world_size: int, folder: Path, mode: str) -> list[dict[str, Any]]:
     out = folder / f"{mode}-{world_size}"
     arguments = [SCRIPT, "--run-dir", str(folder / "run"), "--out", str(out), "--mode", mode]
-    command = torchrun(world_size, *arguments) if world_size > 1 else [sys.executable, *arguments]
-    run_command(command, deadline_seconds=120).require_success()
+    run_script(world_size, *arguments, deadline_seconds=120)
     return [torch.load(f"{out}-{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -12,6 +12,7 @@ import pytest
 from dist_train.checkpoint.store import Store
 from dist_train.history import read_metrics
 from tests.support.chaos import ChaosPlan
+from tests.support.forked import run_script
 from tests.support.launch import ROOT, run_command, torchrun
 from tests.support.specimen import EPOCHS, NUM_SAMPLES
 from tests.support.twins import consumed_samples
@@ -23,9 +24,7 @@ pytestmark = pytest.mark.distributed
 
 def test_two_ranks_then_one_then_two_train_the_same_samples_updates_and_losses(tmp_path: Path) -> None:
     options = ["--loop", "own", "--plain"]
-    run_command(
-        torchrun(2, SPECIMEN, *options, "--run-dir", str(tmp_path / "twin")), deadline_seconds=120
-    ).require_success()
+    run_script(2, SPECIMEN, *options, "--run-dir", str(tmp_path / "twin"), deadline_seconds=120)
 
     changing = [CHAOS, SPECIMEN, *options, "--run-dir", str(tmp_path / "run"), "--samples", str(tmp_path / "samples")]
     plan = ChaosPlan(str(tmp_path / "chaos"), seed=17, kills=2)  # after 33 and 35 micro-steps

@@ -1,9 +1,11 @@
 """A world of ranks within a second: forked from a server that has imported torch, where torchrun imports it anew.
 
     results = run_ranks(function, 4, argument, deadline_seconds=60)
+    run_script(2, "path/of/script.py", "--epochs", "2", deadline_seconds=60)
 
 `function` is a module's (it is sent by name) and runs on every rank with a gloo process group and torchrun's variables
-set; its results come back in rank order. Kills and restarts are for `launch.torchrun`: this has no agent.
+set; its results come back in rank order. A script runs as `torchrun script` would run it, to its end. Kills and
+restarts are for `launch.torchrun`: this has no agent.
 """
 
 from __future__ import annotations
@@ -11,28 +13,32 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from tests.support.launch import ROOT
 
 _server = multiprocessing.get_context("forkserver")
 # torch._dynamo is what the first fully_shard imports, in each process anew.
 _server.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "accelerate", "dist_train.trainer"])
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, deadline_seconds: float = 60) -> Any:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, deadline_seconds: float = 60
+) -> list[Any]:
     """Every rank's result (picklable); an error of a rank is raised here, with its traceback, and ends the others."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pipes = [_server.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            _server.Process(
-                target=_be_rank, args=(function, rank, world_size, folder, pipes[rank][1], arguments), daemon=True
-            )
+            _server.Process(target=_be_rank, args=(function, rank, world_size, folder, pipes[rank][1], arguments))
             for rank in range(world_size)
         ]
         try:
@@ -46,6 +52,25 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, de
                     rank.join(0.2)
                     rank.kill()
                     rank.join()
+
+
+def run_script(
+    world_size: int, script: str, *arguments: str, deadline_seconds: float, extra: Mapping[str, str] | None = None
+) -> None:
+    """Fails with the traceback of a rank that raises or exits with anything but 0."""
+    run_ranks(_be_script, world_size, script, arguments, dict(extra or {}), deadline_seconds=deadline_seconds)
+
+
+def _be_script(script: str, arguments: tuple[str, ...], extra: dict[str, str]) -> None:
+    os.environ.update(extra)
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise AssertionError(f"{script} ended with {end.code}") from None
 
 
 def _collect(receivers: list[Connection], end: float) -> list[Any]:

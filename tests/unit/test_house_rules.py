@@ -56,6 +56,8 @@ LEVEL_OF_MODULE = {
     "environment": PARTS,
     "differences": PARTS,
     "replicas": PARTS,
+    "fully_sharded": PARTS,
+    "sharding": RUN,  # beside `run`: both know Accelerate
     "agreement": PARTS,
     "feed": PARTS,
     "console": PARTS,
@@ -121,7 +123,8 @@ WITHOUT_TORCH = ["", "cli"]
 HEAVY = ["torch", "numpy", "accelerate", "safetensors", "xxhash"]
 
 RUNS_CODE_ON_LOAD = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-IMPORTERS_OF_ACCELERATE = {"world", "run", "trainer"}
+# "sharding" makes an Accelerator, for loops of one's own and for the Trainer.
+IMPORTERS_OF_ACCELERATE = {"world", "run", "trainer", "sharding"}
 # .pth goes in and out here, and what torch's planners hand over in memory: torch.save, and torch.load with a literal
 # weights_only=True.
 EXCHANGE = {"checkpoint.exchange", "checkpoint.plain_values"}
