@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Json = Any
 _ORDER = frozenset({"num_samples", "seed", "shuffle", "order"})
 _TOLD_ELSEWHERE = frozenset({"run_dir", "resume", "search", "checkpoint", "epochs"})
-_TOLD_ELSEWHERE |= {"max_time", "time_reserve", "hang_timeout", "log_with"}
+_TOLD_ELSEWHERE |= {"max_time", "time_reserve", "hang_timeout", "log_with", "partial_load", "exclude", "warm_start"}
 """Of the Trainer's settings: where and how long it trains, who watches, and what is compared by itself."""
 _ABSENT = {
     "optimizer": "no optimizer state: it starts fresh",

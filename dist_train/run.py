@@ -92,9 +92,13 @@ class Run(Registering):
         self._resume = resume
         self._models = by_name(model)
         misuse.refuse_prepared(by_name(scheduler), loader)
-        scaler = getattr(accelerator, "scaler", None)
         self._live = LiveState(
-            models=self._models, optimizers=by_name(optimizer), schedulers=by_name(scheduler), scaler=scaler
+            models=self._models,
+            optimizers=by_name(optimizer),
+            schedulers=by_name(scheduler),
+            scaler=getattr(accelerator, "scaler", None),
+            partial_load=self._options.partial_load,
+            exclude=self._options.exclude,
         )
         self._rate = RateMeter(self._live.optimizers)
         self._config = encode(dict(self._options.config or {}), "config", {})

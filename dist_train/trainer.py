@@ -26,6 +26,7 @@ from dist_train.field_docs import tell_fields
 from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping, Mean, Metric
 from dist_train.options import RunOptions, require_hang_timeout, require_times
+from dist_train.partial import require_patterns
 from dist_train.run import Run
 from dist_train.sharding import KINDS, make_trainers_accelerator, prepare
 from dist_train.world import current_world, init_distributed
@@ -86,6 +87,10 @@ class TrainConfig:
     requeue_exit: bool = False
     """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
     under plain torchrun, which restarts on any code but 0."""
+    partial_load: Sequence[str] = ()
+    """Patterns of the model's parameters and buffers that may differ from a checkpoint; see `RunOptions`."""
+    exclude: Sequence[str] = ()
+    """Patterns of parameters and buffers that checkpoints do without; see `RunOptions`."""
     checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
@@ -115,6 +120,8 @@ class TrainConfig:
                 raise ConfigError(f"TrainConfig.{name} is {value!r}; it must be a whole number of at least 1.")
         require_times("TrainConfig", self.max_time, self.time_reserve)
         require_hang_timeout("TrainConfig", self.hang_timeout)
+        require_patterns("TrainConfig", "partial_load", self.partial_load)
+        require_patterns("TrainConfig", "exclude", self.exclude)
         if self.mixed_precision not in ("no", "bf16", "fp16", "auto"):
             raise ConfigError(
                 f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16', 'fp16' or 'auto'."
@@ -316,6 +323,8 @@ class Trainer:
                 time_reserve=config.time_reserve,
                 hang_timeout=config.hang_timeout,
                 requeue_exit=config.requeue_exit,
+                partial_load=config.partial_load,
+                exclude=config.exclude,
                 config=asdict(config),
             ),
         )

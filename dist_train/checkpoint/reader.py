@@ -77,6 +77,10 @@ class CheckpointReader:
         """The files that hold something of a box of a tensor."""
         return [file for file, part in self.parts(name) if _overlap(part, offsets, sizes) is not None]
 
+    def is_sharded(self, name: str) -> bool:
+        """Whether it was saved in several parts."""
+        return len(self._parts.get(self._resolve(name), [])) > 1
+
     def own_name(self, name: str) -> str:
         """The name of this rank's own value where every rank's was kept."""
         own = own_name(name, self._rank)
@@ -117,6 +121,12 @@ class CheckpointReader:
             paging.read_ahead(data, part.start, part.num_bytes)
             return _view(data, part)
         return self.create(name, torch.device("cpu"))
+
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A part of a tensor, on the CPU, whatever files hold its bytes: no more memory than the part takes."""
+        box = torch.empty(sizes, dtype=self.describe(name)[1])
+        self.fill_box(name, box, offsets, sizes)
+        return box
 
     def forget(self, name: str) -> int:
         """Lets the memory go that reading a tensor took; returns its bytes in the files."""
