@@ -148,10 +148,11 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
             sealed = publication.seal()
             try:
                 manifest = self._manifest(metadata, receipts, len(results))
-                _commit(publication, sealed, manifest, receipts)
+                _complete(publication.store, sealed, manifest, receipts)
             except BaseException:
                 publication.discard(sealed)
                 raise
+            publication.publish(sealed)
         metadata.storage_meta = self.storage_meta()
 
     def storage_meta(self) -> StorageMeta | None:
@@ -272,9 +273,8 @@ def _require_whole(metadata: Metadata, receipts: list[Receipt]) -> None:
             )
 
 
-def _commit(publication: Publication, sealed: str, manifest: Manifest, receipts: list[Receipt]) -> None:
-    """Every data file is durable; the manifest is written last, the rename makes it count."""
-    store = publication.store
+def _complete(store: Store, sealed: str, manifest: Manifest, receipts: list[Receipt]) -> None:
+    """Every data file is durable; the manifest is written last, and then the folder is durable as a whole."""
     for name, entry in manifest.files.items():
         size = store.size(f"{sealed}/{name}")
         if size != entry.size:
@@ -287,7 +287,6 @@ def _commit(publication: Publication, sealed: str, manifest: Manifest, receipts:
     Manifest.from_json(text)  # what cannot be read back must not be acknowledged
     store.write_new(f"{sealed}/{MANIFEST_NAME}", text.encode())
     store.sync_directory(sealed)
-    publication.publish(sealed)
 
 
 def _model_index(manifest: Manifest, receipts: list[Receipt]) -> bytes | None:

@@ -121,6 +121,7 @@ class Publication:
         try:
             self.store.rename(self.staging, sealed)
             if not self.store.exists(f"{sealed}/{self._mark()}"):
+                self.store.rename(sealed, self.staging)  # another save's, which may go on
                 raise FileNotFoundError(f"{sealed}/{self._mark()}")
         except FileNotFoundError as error:
             raise StorageError(
@@ -131,16 +132,40 @@ class Publication:
         return sealed
 
     def publish(self, sealed: str) -> None:
-        """Puts a folder whose content is durable in its place. Durable when this returns; the old one is gone then."""
-        old = sealed
-        if not self.store.exists(self.name):
-            self.store.rename(sealed, self.name)
-        elif not self.store.exchange(sealed, self.name):
-            old = f"{REPLACED_PREFIX}{self._token}-{self.name}"
-            self.store.rename(self.name, old)
-            self.store.rename(sealed, self.name)
-        self.store.sync_directory("")
-        self.discard(old)
+        """Puts a folder whose content is durable in its place. Durable when this returns; the old one is gone then.
+
+        Raises:
+            OSError: the old one is in its place, if there was one.
+        """
+        old = None
+        if self.store.exists(self.name):
+            old = sealed if self.store.exchange(sealed, self.name) else self._set_aside()
+        try:
+            if old != sealed:
+                self.store.rename(sealed, self.name)
+            self.store.sync_directory("")
+        except OSError:
+            self._take_back(sealed, old)
+            raise
+        if old is not None:
+            self.discard(old)
+
+    def _set_aside(self) -> str:
+        """Where names cannot be swapped: from here to the next rename the old one is found by `locate` alone."""
+        aside = f"{REPLACED_PREFIX}{self._token}-{self.name}"
+        self.store.rename(self.name, aside)
+        return aside
+
+    def _take_back(self, sealed: str, old: str | None) -> None:
+        """Nothing is known to be durable: the old one comes back. Where that fails, too, nothing may be deleted."""
+        with contextlib.suppress(OSError):
+            if old == sealed:
+                self.store.exchange(sealed, self.name)
+            elif self.store.exists(self.name):
+                self.store.rename(self.name, sealed)
+            if old not in (None, sealed):
+                self.store.rename(str(old), self.name)
+            self.discard(sealed)
 
     def discard(self, name: str) -> None:
         """First another name, then gone; what cannot be removed now is left to the next save of this name."""

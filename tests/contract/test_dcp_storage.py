@@ -70,3 +70,12 @@ def test_several_ranks_see_no_difference(case: str, together: dict[str, list[Any
     for rank, results in enumerate(together[case]):
         assert_same(results["torch"], results["ours"], f"{case} on rank {rank}")
         assert results["ours"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_save_in_another_process_sees_no_difference(tmp_path: Path) -> None:
+    """`async_save` sends the writer there, and its planner and state."""
+    for ranks in run_ranks(run_all, 2, str(tmp_path), ["in_processes"], deadline_seconds=120):
+        results = torch.load(io.BytesIO(ranks["in_processes"]), weights_only=False)
+        assert_same(results["torch"], results["ours"])
