@@ -20,6 +20,8 @@ from dist_train.checkpoint.tensor_file import DTYPES, Part, read_layout
 from dist_train.errors import CorruptCheckpointError, StateMismatchError
 
 _MOST_MAPPED_BYTES = 16 << 20
+_MAPPED_AT_ONCE_BYTES = 1 << 20
+"""What the kernel may map around the first byte that is touched: a part counts as no less."""
 
 
 class CheckpointReader:
@@ -135,7 +137,7 @@ class CheckpointReader:
 
         Small tensors too, once they come to something: a model may have nothing but small ones.
         """
-        self._read_bytes += num_bytes
+        self._read_bytes += max(num_bytes, _MAPPED_AT_ONCE_BYTES)
         if self._read_bytes >= _MOST_MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self._read_bytes = 0
             for data in self._maps:
