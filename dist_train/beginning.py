@@ -129,7 +129,8 @@ class Beginning:
         except StateMismatchError as error:
             raise StateMismatchError(
                 f"{opened.path} does not fit the objects of this script: {error}. Nothing was changed. Build the "
-                f"model and optimizer as in the run that saved it, or give another run_dir to start a new run.",
+                f"model and optimizer as in the run that saved it, or give another run_dir to start a new run."
+                f"{error.hint}",
                 opened.path,
             ) from error
         finally:

@@ -22,7 +22,8 @@ class Capture:
     main_only: set[str] = field(default_factory=set)
     """Names whose value is the main rank's (DDP buffers differ by rank)."""
     per_rank: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Values that differ by rank and are all kept."""
+    """Values that differ by rank and are all kept. A name that is not in `tensors`, too, has no common value: its shape
+    may differ by rank."""
     aliases: dict[str, str] = field(default_factory=dict)
     state: dict[str, Json] = field(default_factory=dict)
     rank_state: dict[str, Json] = field(default_factory=dict)

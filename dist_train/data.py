@@ -152,24 +152,34 @@ class ResumableSampler(Sampler[list[SampleKey]]):
 
 
 class ShardSampler(Sampler[list[SampleKey]]):
-    """A rank's contiguous shard of range(num_samples) in batches: unpadded, sizes of shards differ by at most one."""
+    """A rank's contiguous shard of range(num_samples) in batches: unpadded, sizes of shards differ by at most one.
+
+    All ranks have the same number of batches, which share a shard evenly, but for those that have no sample left for
+    the last one (a batch size of 1, or fewer samples than ranks).
+    """
 
     def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         """Raises ConfigError for sizes, or a rank, that cannot work."""
         require_at_least_one(num_samples=num_samples, batch_size=batch_size, world_size=world_size)
         _require_rank(rank, world_size)
         shard = split(num_samples, rank, world_size)
-        self._batches = [shard[at : at + batch_size] for at in range(0, len(shard), batch_size)]
+        passes = -(-len(split(num_samples, 0, world_size)) // batch_size)
+        parts = [split(len(shard), at, passes) for at in range(passes)]
+        self._batches = [shard[part.start : part.stop] for part in parts]
+        self._filler = range(min(shard.start, num_samples - 1), min(shard.start, num_samples - 1) + 1)
+        self.fills = False
+        """Where this rank has no sample left: whether it gives one that is counted elsewhere, or no batch."""
 
     def batch_sizes(self) -> list[int]:
-        """Samples of each of this rank's batches; empty where there are fewer samples than ranks."""
+        """Samples of each batch, as many numbers on every rank: 0 where this rank has none left."""
         return [len(batch) for batch in self._batches]
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return sum(self.fills or size > 0 for size in self.batch_sizes())
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        return ([SampleKey(0, index) for index in batch] for batch in self._batches)
+        batches = [batch or self._filler for batch in self._batches if batch or self.fills]
+        return ([SampleKey(0, index) for index in batch] for batch in batches)
 
 
 class SeededSamples(NamedTuple):
@@ -341,7 +351,8 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """A DataLoader that gives each sample exactly once over all ranks: in order, unpadded, a contiguous shard a rank.
 
-    A rank may have no batch at all, so no collective may depend on one. `loader.batch_sampler` is a `ShardSampler`;
+    A rank may have a batch less than the others, or none at all, so no collective of the loop's may depend on one; a
+    run whose model is sharded sees to that (see `Run.batch_counts`). `loader.batch_sampler` is a `ShardSampler`;
     samples are seeded as in epoch 0. Arguments and errors are those of `data_loader`; `batch_size` is a rank's.
     """
     rank, world_size = _resolve_world(rank, world_size)

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Json = Any
 _ORDER = frozenset({"num_samples", "seed", "shuffle", "order"})
 _TOLD_ELSEWHERE = frozenset({"run_dir", "resume", "search", "checkpoint", "epochs"})
-_TOLD_ELSEWHERE |= {"max_time", "time_reserve", "hang_timeout", "log_with"}
+_TOLD_ELSEWHERE |= {"max_time", "time_reserve", "hang_timeout", "log_with", "partial_load", "exclude", "warm_start"}
 """Of the Trainer's settings: where and how long it trains, who watches, and what is compared by itself."""
 _ABSENT = {
     "optimizer": "no optimizer state: it starts fresh",
@@ -70,6 +70,14 @@ def warn_of_user_loader(kind: str, caveats: Sequence[str]) -> None:
 def warn_of_no_loader() -> None:
     logger.warning(
         "The Run was given no training loader: a resumed epoch begins again at its first batch. Give it as loader=."
+    )
+
+
+def warn_of_filler() -> None:
+    logger.warning(
+        "This rank has no sample left for a batch of the evaluation, in which every rank takes part because the model "
+        "is sharded: it was given a sample that is counted elsewhere. Metrics of dist_train leave it out; a loop that "
+        "adds up by itself counts a batch only `if run.batch_counts`."
     )
 
 

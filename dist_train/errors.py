@@ -34,7 +34,11 @@ class FormatVersionError(CheckpointError):
 
 
 class StateMismatchError(CheckpointError):
-    """The checkpoint and the live objects differ in names, shapes or dtypes."""
+    """The checkpoint and the live objects differ in names, shapes or dtypes; `hint` says how to load what fits."""
+
+    def __init__(self, message: str, path: str = "", hint: str = "") -> None:
+        super().__init__(message, path)
+        self.hint = hint
 
 
 class UnsaveableStateError(DistTrainError, TypeError):

@@ -16,11 +16,12 @@ from typing import Any
 
 from dist_train import differences
 from dist_train.checkpoint.manifest import Progress
-from dist_train.data import describe_sampler, shield_workers, training_sampler
+from dist_train.data import ShardSampler, describe_sampler, shield_workers, training_sampler
 from dist_train.errors import ConfigError
 from dist_train.evaluation import Cut
 from dist_train.feed import BatchFeed
 from dist_train.ledger import SkipLedger, Unit, Window
+from dist_train.metrics import counting_nothing
 from dist_train.order import MicroBatch
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
@@ -68,7 +69,11 @@ class Intake:
         """Windows that are not trained on."""
         self.on_left_out: Callable[[Window], None] = lambda window: None
         feed.is_left_out, feed.leave_out = self._is_left_out, self._leave_out
-        self._told_of_window = self._told_of_no_loader = False
+        self.needs_all_ranks = False
+        """Each forward pass is collective: an evaluation has as many batches on every rank."""
+        self.batch_counts = True
+        """Whether the evaluation's batch at hand is this rank's to count."""
+        self._told_of_window = self._told_of_no_loader = self._told_of_filler = False
 
     def adopt(self, loader: Any | None) -> None:
         """Takes a loader as the run's training loader: one of ours, or the user's own."""
@@ -241,6 +246,9 @@ class Intake:
     def other_batches(self, loader: Any) -> Iterator[Any]:
         """Of an evaluation, or of a run that was not given its loader: a stop ends the latter only."""
         shield_workers(loader)
+        sampler = getattr(loader, "batch_sampler", None)
+        if isinstance(sampler, ShardSampler):
+            sampler.fills = self.needs_all_ranks
         before = self._progress.now
 
         def should_stop() -> bool:
@@ -255,4 +263,22 @@ class Intake:
             return cut
 
         batches = self._feed.plain_batches(loader, should_stop)
-        return batches if self.loader is None else self._cut.watched(batches, self._is_told)
+        if self.loader is not None:
+            batches = self._cut.watched(batches, self._is_told)
+        return self._joined(batches, sampler) if isinstance(sampler, ShardSampler) else batches
+
+    def _joined(self, batches: Iterator[Any], sampler: ShardSampler) -> Iterator[Any]:
+        """With what a rank computes for the others' sake, and does not count."""
+        for size, batch in zip(sampler.batch_sizes(), batches, strict=False):
+            if size:
+                yield batch
+                continue
+            try:
+                self.batch_counts = False
+                with counting_nothing() as ignored:
+                    yield batch
+            finally:
+                self.batch_counts = True
+            if not ignored and not self._told_of_filler:
+                self._told_of_filler = True
+                differences.warn_of_filler()

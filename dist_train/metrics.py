@@ -8,7 +8,8 @@ A metric has no name and no direction: those belong to whoever monitors it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,22 @@ class FloatGatherer(Protocol):
 
     def gather_floats(self, values: list[float], /) -> list[list[float]]:
         """Every rank's list, in rank order, on every rank. Collective: all ranks call this."""
+
+
+_ignored: list[Metric] | None = None
+
+
+@contextmanager
+def counting_nothing() -> Iterator[list[Metric]]:
+    """No metric counts what it is given meanwhile: of a sample that another batch or rank counts. Yields those that
+    were given something.
+    """
+    global _ignored
+    before, _ignored = _ignored, []
+    try:
+        yield _ignored
+    finally:
+        _ignored = before
 
 
 class Metric:
@@ -52,6 +69,9 @@ class Metric:
 
     def add(self, total: Tensor | float, count: Tensor | float) -> None:
         """Adds to the sum and to the count: scalars, tensors of them in float64."""
+        if _ignored is not None:
+            _ignored.append(self)
+            return
         # Not in place: a tensor made under inference_mode refuses in-place changes outside of it.
         self._total = self._total + total
         self._count = self._count + count

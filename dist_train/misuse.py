@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.capture import Capture
 from dist_train.errors import ConfigError, RunInUseError
+from dist_train.fully_sharded import is_sharded, reshard
 from dist_train.model_state import clean_name
 from dist_train.tied import storage_key
 from dist_train.world import World
@@ -61,6 +62,27 @@ def refuse_prepared(schedulers: Mapping[str, Any], loader: Any | None) -> None:
         )
 
 
+def refuse_unsharded(accelerator: Any | None, models: Mapping[str, nn.Module], world: World) -> None:
+    """Raises ConfigError where FSDP was asked for and is not there, or is the one that no checkpoint here can hold."""
+    for name, model in models.items():
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise ConfigError(
+                f"{_title('model', name)} is sharded by FSDP1, which flattens parameters into one another: they have "
+                f"no names or shapes of their own to be saved by. Use FSDP2: "
+                f"FullyShardedDataParallelPlugin(fsdp_version=2), or torch.distributed.fsdp.fully_shard."
+            )
+    asked = accelerator is not None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    kind = str(getattr(getattr(accelerator, "distributed_type", ""), "value", ""))
+    if asked and world.world_size > 1 and kind != "FSDP" and not any(is_sharded(model) for model in models.values()):
+        raise ConfigError(
+            f"FSDP was asked for (a FullyShardedDataParallelPlugin, or ACCELERATE_USE_FSDP=true), but Accelerate "
+            f"leaves it out on this device (its distributed_type is {kind}): each of the {world.world_size} ranks "
+            f"would hold and train the whole model. Make the Accelerator with "
+            f"dist_train.sharding.make_accelerator(plugin, ...), which shards on CPUs, too (the Trainer: "
+            f"TrainConfig(sharding='fsdp')), or leave FSDP out."
+        )
+
+
 def require_averaged(
     models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], world: World
 ) -> None:
@@ -81,6 +103,14 @@ def require_averaged(
             if p.requires_grad and not isinstance(p, DTensor) and id(p) not in averaged
             if not stepped or id(p) in stepped
         ]
+        if alone and is_sharded(model):
+            raise ConfigError(
+                f"{_title('model', name)} is sharded by fully_shard, but for {len(alone)} trained parameters whose "
+                f"gradients nobody would average over the {world.world_size} processes ({_some(alone)}): each would "
+                f"train values of its own. Leave them out of ignored_modules (ignored_params), freeze them with "
+                f"requires_grad_(False), or, where the loop averages their gradients itself, say so: "
+                f"options=RunOptions(own_gradients=True)."
+            )
         if alone:
             raise ConfigError(
                 f"{_title('model', name)} ({type(model).__name__}) was not given to accelerator.prepare: its gradients "
@@ -247,6 +277,7 @@ def _links(optimizer: Any) -> list[Any]:
 
 
 def _parameters_of(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    reshard(models.values())  # a forward pass of the loop's own may have left gathered ones in their places
     return {
         clean_name(f"{name}.{key}" if name else key): parameter
         for name, model in models.items()

@@ -6,7 +6,8 @@ Invariant: names are those of the innermost module's state_dict, whatever wraps 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,38 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.capture import Capture
 from dist_train.errors import UnsaveableStateError
+from dist_train.fully_sharded import is_sharded
 from dist_train.optimizer_state import CPU, TensorSource
 from dist_train.tied import compare_copies, group_tied, storage_key
 from dist_train.tree import encode
 
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+
+
+@dataclass(slots=True, kw_only=True)
+class Fit:
+    """How the tensors of a checkpoint and of the models go together, by full name (`model/head.weight`)."""
+
+    loaded: int = 0
+    """How many are equal in name, shape and dtype."""
+    missing: list[str] = field(default_factory=list)
+    """In a model and not in the checkpoint."""
+    unexpected: list[str] = field(default_factory=list)
+    """In the checkpoint and not in a model."""
+    reshaped: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Of another shape or dtype -> what it is in the checkpoint, and in the model."""
+    tied: dict[str, list[str]] = field(default_factory=dict)
+    """Name of a tied tensor -> all of its names."""
+    problems: list[str] = field(default_factory=list)
+    """What cannot be loaded whatever may differ."""
+
+    def add(self, other: Fit) -> None:
+        self.loaded += other.loaded
+        self.missing += other.missing
+        self.unexpected += other.unexpected
+        self.reshaped |= other.reshaped
+        self.tied |= other.tied
+        self.problems += other.problems
 
 
 def innermost_module(model: nn.Module) -> nn.Module:
@@ -40,17 +68,31 @@ def clean_name(name: str) -> str:
 
 
 def keeps_own_buffers(model: nn.Module) -> bool:
+    """Whether nobody makes buffers equal on all ranks: DDP only where it is told not to, fully_shard never does."""
     ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    return ddp and not getattr(model, "broadcast_buffers", True) and any(True for _ in model.buffers())
+    apart = not getattr(model, "broadcast_buffers", True) if ddp else is_sharded(model)
+    return apart and any(not isinstance(buffer, DTensor) for buffer in model.buffers())
 
 
-def capture_model(model: nn.Module, place: str, capture: Capture, own_buffers: bool) -> None:
+def capture_model(
+    model: nn.Module,
+    place: str,
+    capture: Capture,
+    own_buffers: bool,
+    is_excluded: Callable[[str, Any], bool] = lambda full, value: False,
+) -> None:
+    """
+    Args:
+        is_excluded: told the full name and the value of each tensor: whether it is to be left out.
+    """
     buffers = {clean_name(name) for name, _ in model.named_buffers()}
     seen: dict[Any, str] = {}
     extra: dict[str, Any] = {}
     for raw, value in model.state_dict().items():
         name = clean_name(raw)
         full = f"{place}/{name}"
+        if is_excluded(full, value):
+            continue
         if _is_extra(name, value):
             extra[name] = value
             continue
@@ -66,12 +108,14 @@ def capture_model(model: nn.Module, place: str, capture: Capture, own_buffers: b
                 capture.per_rank[full] = value.detach()
     if extra:  # what modules return from get_extra_state
         capture.state[f"{place}/~extra"] = encode(extra, f"{place}/~extra", capture.tensors)
-    for name, value in _hidden_buffers(model):
-        capture.tensors[f"buffer/{place}/{name}"] = value.detach()
-        capture.main_only.add(f"buffer/{place}/{name}")
+    for name, value in hidden_buffers(model):
+        full = f"buffer/{place}/{name}"
+        if not is_excluded(full, value):
+            capture.tensors[full] = value.detach()
+            capture.main_only.add(full)
 
 
-def _hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Non-persistent buffers: not in the state_dict, yet training may change them."""
     for prefix, module in model.named_modules():
         for name in sorted(module._non_persistent_buffers_set):
@@ -85,14 +129,22 @@ def _is_extra(name: str, value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or name.rpartition(".")[2] == "_extra_state"
 
 
-def restore_model(model: nn.Module, place: str, source: TensorSource, own_buffers: bool) -> None:
+def restore_model(
+    model: nn.Module, place: str, source: TensorSource, own_buffers: bool, left_alone: Collection[str] = ()
+) -> None:
+    """
+    Args:
+        left_alone: full names of tensors that stay as they are.
+    """
     buffers = {clean_name(name) for name, _ in model.named_buffers()}
     with torch.no_grad():
         for name, value in _tensors_as_stored(model, place, source):
+            if (full := f"{place}/{name}") in left_alone:
+                continue
             own = own_buffers and name in buffers and not isinstance(value, DTensor)
-            source.fill(f"{place}/{name}", value) if not own else _fill_own(source, f"{place}/{name}", value)
-        present = set(source.names(f"buffer/{place}/"))
-        for name, value in _hidden_buffers(model):
+            source.fill(full, value) if not own else _fill_own(source, full, value)
+        present = set(source.names(f"buffer/{place}/")) - set(left_alone)
+        for name, value in hidden_buffers(model):
             full = f"buffer/{place}/{name}"
             if full in present and source.describe(full) == (tuple(value.shape), value.dtype):
                 source.fill(full, value)
@@ -111,25 +163,33 @@ def _fill_own(source: TensorSource, name: str, value: torch.Tensor) -> None:
 def _tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor once. Which name of a tied one is stored is for its writer to choose: that one, or the first."""
     stored = set(source.names(f"{place}/"))
-    for names, value in _tied_names(model):
+    for names, value in tied_names(model):
         yield next((name for name in names if f"{place}/{name}" in stored), names[0]), value
 
 
-def _tied_names(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+def tied_names(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
     members = model.state_dict().items()
     return group_tied((clean_name(raw), value) for raw, value in members if not _is_extra(raw, value))
 
 
-def compare_model(model: nn.Module, place: str, source: TensorSource) -> list[str]:
+def fit_model(model: nn.Module, place: str, source: TensorSource, excluded: Collection[str] = ()) -> Fit:
+    """
+    Args:
+        excluded: full names of tensors that the checkpoint need not hold.
+    """
     live = {f"{place}/{name}": value for name, value in _tensors_as_stored(model, place, source)}
     saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")}
-    groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in _tied_names(model)]
+    groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in tied_names(model)]
     copies, problems = compare_copies(groups, lambda name: source.create(name, CPU))
-    problems += [f"{name} is in the checkpoint and not in the model" for name in sorted(saved - set(live) - copies)]
-    problems += [f"{name} is in the model and not in the checkpoint" for name in sorted(set(live) - saved)]
-    for name in sorted(saved & set(live)):
+    here, there = set(live) - set(excluded), saved - copies - set(excluded)
+    fit = Fit(missing=sorted(here - there), unexpected=sorted(there - here), problems=problems)
+    for names, _ in tied_names(model):
+        for full in [f"{place}/{name}" for name in names if len(names) > 1]:
+            fit.tied[full] = [f"{place}/{name}" for name in names]
+    for name in sorted(here & there):
         shape, dtype = source.describe(name)
-        if (shape, dtype) != (tuple(live[name].shape), live[name].dtype):
-            here = f"{list(live[name].shape)} {live[name].dtype}"
-            problems.append(f"{name} is {list(shape)} {dtype} in the checkpoint and {here} in the model")
-    return problems
+        if (shape, dtype) == (tuple(live[name].shape), live[name].dtype):
+            fit.loaded += 1
+        else:
+            fit.reshaped[name] = (f"{list(shape)} {dtype}", f"{list(live[name].shape)} {live[name].dtype}")
+    return fit

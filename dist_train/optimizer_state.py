@@ -25,6 +25,7 @@ class TensorSource(Protocol):
     def fill(self, name: str, target: torch.Tensor) -> None: ...
     def create(self, name: str, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor: ...
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
+    def is_sharded(self, name: str) -> bool: ...
 
 
 def innermost_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -41,6 +42,10 @@ def innermost_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 def positional_name(group: int, place: int) -> str:
     """Name of a parameter that belongs to no model, or whose name an imported optimizer state does not tell."""
     return f"~group{group}.{place}"
+
+
+def is_positional(name: str) -> bool:
+    return name.startswith("~group")
 
 
 def member_names(index: int, group: Mapping[str, Any], names: dict[int, str]) -> list[str]:

@@ -12,6 +12,7 @@ from dist_train.field_docs import tell_fields
 from dist_train.health.patience import Patience
 from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping
+from dist_train.partial import require_patterns
 from dist_train.units import parse_seconds
 
 Json = Any
@@ -52,12 +53,24 @@ class RunOptions:
     that does."""
     health: HealthPolicy = field(default_factory=HealthPolicy)
     """What happens where a gradient is not finite, or far larger than usual."""
+    partial_load: Sequence[str] = ()
+    """What of the models may differ from a checkpoint that is loaded: patterns as `fnmatch` has them, over the names of
+    parameters and buffers, `("head.*", "old_head.*")`; of several models "NAME.head.*". Of what matches, what is only
+    here or has another shape or dtype stays as constructed, its optimizer state starts fresh, and what is only in the
+    checkpoint is left there; what is equal in name, shape and dtype is loaded all the same. All else must be equal.
+    What came of it is told at start. No effect once a checkpoint of the new model is resumed from."""
+    exclude: Sequence[str] = ()
+    """Patterns of parameters and buffers that checkpoints do without: a frozen base that the script itself loads from
+    elsewhere, a large constant. They stay as constructed at every start, whatever a checkpoint or `warm_start` holds;
+    give the same values at each, a difference is warned of. What an optimizer trains is refused."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
 
     def __post_init__(self) -> None:
         require_times("RunOptions", self.max_time, self.time_reserve, self.grace)
         require_hang_timeout("RunOptions", self.hang_timeout)
+        require_patterns("RunOptions", "partial_load", self.partial_load)
+        require_patterns("RunOptions", "exclude", self.exclude)
 
 
 def require_times(

@@ -10,8 +10,9 @@ from typing import Any, cast
 from dist_train.callbacks import Callback, Callbacks, has_state, name_of
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.errors import ConfigError
+from dist_train.registered import Stateful
 from dist_train.standing import Standing
-from dist_train.state import LiveState, Stateful
+from dist_train.state import LiveState
 
 
 class Registering(Standing):

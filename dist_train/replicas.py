@@ -1,4 +1,4 @@
-"""What DistributedDataParallel needs so that a restarted process computes the same bits as one that has been running.
+"""What models on several ranks need so that a restarted process computes the same bits as one that has been running.
 
 Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer.cpp (torch 2.13).
 """
@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.errors import ConfigError
-from dist_train.model_state import innermost_module
+from dist_train.fully_sharded import reshard
+from dist_train.model_state import innermost_module, keeps_own_buffers
 from dist_train.world import World
 
 
@@ -39,7 +41,8 @@ def broadcast_buffers(model: nn.Module, world: World) -> None:
     """Gives every rank the main rank's buffers (BatchNorm statistics differ by rank). Collective."""
     if world.world_size > 1:
         for buffer in innermost_module(model).buffers():
-            world.broadcast_tensor(buffer)
+            if not isinstance(buffer, DTensor):
+                world.broadcast_tensor(buffer)
 
 
 def find_model(name: str | None, models: Mapping[str, nn.Module], registered: Mapping[str, Any]) -> nn.Module:
@@ -62,11 +65,10 @@ def find_model(name: str | None, models: Mapping[str, nn.Module], registered: Ma
 @contextmanager
 def evaluating(model: nn.Module, world: World) -> Iterator[nn.Module]:
     """The unwrapped model in eval mode with the main rank's buffers, without gradients; put back afterwards.
-    Collective.
+    Collective; of a model after fully_shard each forward pass is, too.
     """
     inner = innermost_module(model)
-    own = getattr(model, "broadcast_buffers", True) is False
-    kept = [buffer.detach().clone() for buffer in inner.buffers()] if own else []
+    kept = [buffer.detach().clone() for buffer in inner.buffers()] if keeps_own_buffers(model) else []
     modes = {module: module.training for module in inner.modules()}
     broadcast_buffers(model, world)
     inner.eval()
@@ -78,6 +80,7 @@ def evaluating(model: nn.Module, world: World) -> Iterator[nn.Module]:
             module.training = training
         for buffer, value in zip(inner.buffers(), kept, strict=False):
             buffer.detach().copy_(value)
+        reshard([inner])
         if isinstance(model, DistributedDataParallel):
             # A forward without gradients leaves it off, and the next one would not take over the main rank's buffers;
             # a restarted process would.

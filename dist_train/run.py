@@ -34,6 +34,7 @@ from dist_train.environment import describe_environment
 from dist_train.errors import ConfigError, StopReason
 from dist_train.evaluation import Cut, EvaluationStart
 from dist_train.feed import BatchFeed
+from dist_train.fully_sharded import is_sharded
 from dist_train.intake import Intake
 from dist_train.monitoring import Monitoring
 from dist_train.options import RunOptions
@@ -91,15 +92,20 @@ class Run(Registering):
         self._resume = resume
         self._models = by_name(model)
         misuse.refuse_prepared(by_name(scheduler), loader)
-        scaler = getattr(accelerator, "scaler", None)
         self._live = LiveState(
-            models=self._models, optimizers=by_name(optimizer), schedulers=by_name(scheduler), scaler=scaler
+            models=self._models,
+            optimizers=by_name(optimizer),
+            schedulers=by_name(scheduler),
+            scaler=getattr(accelerator, "scaler", None),
+            partial_load=self._options.partial_load,
+            exclude=self._options.exclude,
         )
         self._rate = RateMeter(self._live.optimizers)
         self._config = encode(dict(self._options.config or {}), "config", {})
         self._watch = misuse.ParameterWatch(self._live.models, self._live.optimizers)
         self._schedules = misuse.SchedulerWatch(by_name(optimizer), by_name(scheduler))
         misuse.require_one_world(accelerator, self.world)
+        misuse.refuse_unsharded(accelerator, self._models, self.world)
         if not self._options.own_gradients:
             misuse.require_averaged(self._models, self._live.optimizers, self.world)
         self._store = self._options.open_store(self.run_dir)
@@ -132,6 +138,7 @@ class Run(Registering):
             drop_window=self._live.drop_gradients,
         )
         self._intake.adopt(loader)
+        self._intake.needs_all_ranks = self.world.world_size > 1 and any(map(is_sharded, self._models.values()))
         self._beginning = Beginning(
             self._store, self.world, self._checkpointer, self._live, self._progress, self._reporter
         )

@@ -96,6 +96,13 @@ class Standing:
         return self._feed.ends_window
 
     @property
+    def batch_counts(self) -> bool:
+        """Whether the evaluation's batch at hand is this rank's to count. False only where the model is sharded, so
+        that all ranks run each forward pass, and this one has no sample left; metrics of dist_train then count nothing.
+        """
+        return self._intake.batch_counts
+
+    @property
     def exit_code(self) -> int:
         """For `sys.exit`."""
         return self._ending.exit_code

@@ -6,20 +6,22 @@ handed on uncopied. It knows nothing of files, and of ranks only that some value
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import nn
 
 from dist_train.capture import Capture
 from dist_train.differences import Differences
 from dist_train.errors import StateMismatchError
+from dist_train.exclusion import EXCLUDE, Exclusion
 from dist_train.fingerprints import fingerprints
+from dist_train.fully_sharded import drop_unreduced_gradients, reshard
 from dist_train.model_state import (
+    Fit,
     capture_model,
     clean_name,
-    compare_model,
+    fit_model,
     innermost_module,
     keeps_own_buffers,
     restore_extra,
@@ -31,9 +33,12 @@ from dist_train.optimizer_state import (
     capture_optimizer,
     compare_groups,
     innermost_optimizer,
+    member_names,
     restore_optimizer,
 )
+from dist_train.partial import Loading, Tolerance, fit_optimizer, some, tell
 from dist_train.rates import ScheduledOptimizer
+from dist_train.registered import Stateful, compare_registered, load_registered, tie_registered
 from dist_train.rng import capture_rng
 from dist_train.schedule import (
     Saved,
@@ -44,19 +49,13 @@ from dist_train.schedule import (
     merge_scheduler,
     scheduler_settings,
 )
-from dist_train.tied import storage_key
 from dist_train.tree import decode, encode
 
 Json = Any
 _ACCELERATED = "AcceleratedOptimizer"
 """Accelerate's wrapper, by which the class was recorded once: nothing is known then."""
-
-
-class Stateful(Protocol):
-    """Anything that can be registered with a run."""
-
-    def state_dict(self) -> Any: ...
-    def load_state_dict(self, state_dict: Any) -> Any: ...
+_PARTIAL = "partial_load"
+"""Setting with the patterns that the script had."""
 
 
 class LiveState:
@@ -65,6 +64,11 @@ class LiveState:
     Args:
         models: any wrapping (DDP, FSDP2, torch.compile); names are those of the innermost module.
         optimizers: torch optimizers or Accelerate's wrappers of them.
+        partial_load: what may differ from a checkpoint; see `RunOptions`.
+        exclude: what checkpoints do without; see `RunOptions`.
+
+    Raises:
+        ConfigError: `exclude` matches nothing, or what is trained.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class LiveState:
         optimizers: Mapping[str, Any],
         schedulers: Mapping[str, Any] | None = None,
         scaler: Any | None = None,
+        partial_load: Sequence[str] = (),
+        exclude: Sequence[str] = (),
     ) -> None:
         self.models = {name: innermost_module(model) for name, model in models.items()}
         self.optimizers = {name: innermost_optimizer(optimizer) for name, optimizer in optimizers.items()}
@@ -81,40 +87,33 @@ class LiveState:
         self.scaler = scaler
         self.registered: dict[str, Stateful] = {}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
+        self._tolerance = Tolerance(partial_load, self.models)
+        self._exclusion = Exclusion(exclude, self._by_place(), self.optimizers)
         self.settings = self._settings()
 
     def drop_gradients(self) -> None:
         """Of a window that was interrupted."""
         for model in self.models.values():
             model.zero_grad()
+            drop_unreduced_gradients(model)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
 
     def capture(self) -> Capture:
         """Raises UnsaveableStateError, naming the object."""
+        reshard(self.models.values())
         capture = Capture()
         for name, model in self.models.items():
-            capture_model(model, _place("model", name), capture, self._own_buffers)
+            capture_model(model, _place("model", name), capture, self._own_buffers, self._exclusion.leaves_out)
         names = self._parameter_names()
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
         for place, one in self._plain_objects():
             capture.state[place] = encode(one.state_dict(), place, capture.tensors)
-        self._tie_registered(capture)
+        tie_registered(self.registered, capture)
         capture.rank_state["rng"] = capture_rng()
         return capture
-
-    def _tie_registered(self, capture: Capture) -> None:
-        """A registered module's buffers are the main rank's; what it shares with a model is stored once."""
-        models = {storage_key(value): name for name, value in capture.tensors.items() if name.startswith("model/")}
-        for name in [name for name in capture.tensors if name.startswith("user/")]:
-            if first := models.get(storage_key(capture.tensors[name])):
-                capture.aliases[name] = first
-                del capture.tensors[name]
-        for name, one in self.registered.items():
-            if isinstance(one, nn.Module):
-                capture.main_only |= {f"user/{name}/{key}" for key, _ in one.named_buffers()} & capture.tensors.keys()
 
     def restore(
         self,
@@ -134,15 +133,15 @@ class LiveState:
             StateMismatchError: lists what differs; nothing was loaded.
             ConfigError: a changed schedule is shorter than the run already is; no tensor was loaded.
         """
-        self._require_same_structure(state, settings, source, absent)
+        reshard(self.models.values())
         told = Differences()
+        fit = self._fit_models(source, everything=True)
+        loading = self._require_same_structure(state, settings, source, absent, fit)
+        state, settings = self._fit_optimizers(state, settings, loading)
         told.tell_absent([kind for kind in absent if self._has(kind)])
+        told.notes += self._tell(fit, loading, settings, source)
         self._restore_rates(state, settings, source, absent, global_step, told)
-        for name, model in self.models.items():
-            place = _place("model", name)
-            restore_model(model, place, source, self._own_buffers)
-            if extra := state.get(f"{place}/~extra"):
-                restore_extra(model, decode(extra, self._loader(source)))
+        self._restore_models(state, source, loading)
         if self.scaler is not None and state.get("scaler"):
             # Before the optimizer: FSDP2's scaler looks at the optimizer's state when it is loaded.
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
@@ -152,8 +151,31 @@ class LiveState:
                 restore_optimizer(optimizer, names, source, state[place])
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
-                self._load_plain(one, place, state[place], source)
+                load_registered(one, place, state[place], source, self._loader(source))
         return told
+
+    def restore_weights(
+        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource
+    ) -> list[str]:
+        """Loads the models alone, in place; those of the checkpoint that are not here are left out.
+
+        Returns:
+            What was not loaded, for people; empty where everything was.
+
+        Raises:
+            StateMismatchError: lists what differs; nothing was loaded.
+        """
+        fit = self._fit_models(source)
+        self._refuse(self._tolerance.refuse(fit), fit)
+        loading = self._tolerance.begin(fit)
+        self._restore_models(state, source, loading)
+        return self._tell(fit, loading, settings, source)
+
+    def _restore_models(self, state: Mapping[str, Json], source: TensorSource, loading: Loading) -> None:
+        for place, model in self._by_place().items():
+            restore_model(model, place, source, self._own_buffers, loading.left_alone | self._exclusion.names)
+            if extra := state.get(f"{place}/~extra"):
+                restore_extra(model, decode(extra, self._loader(source)))
 
     def restore_registered(
         self, name: str, state: Mapping[str, Json], source: TensorSource, absent: Collection[str] = ()
@@ -171,21 +193,10 @@ class LiveState:
                 f"The checkpoint holds nothing for the registered {name!r}. Register it from the first start of a run "
                 f"on: give another run_dir, or leave it out to continue this run."
             )
-        self._load_plain(self.registered[name], place, state[place], source)
-
-    def _load_plain(self, one: Any, place: str, json: Json, source: TensorSource) -> None:
-        """A module's tensors are filled where they lie: an average of a model needs no third copy of it."""
-        live: dict[str, torch.Tensor] = {}
-        if isinstance(one, nn.Module):
-            encode(one.state_dict(), place, live)
-
-        def load(name: str, device: str) -> Any:
-            if name not in live or source.describe(name) != (tuple(live[name].shape), live[name].dtype):
-                return self._loader(source)(name, device)
-            source.fill(name, live[name])
-            return live[name]
-
-        one.load_state_dict(decode(json, load))
+        one = self.registered[name]
+        if problems := compare_registered(one, place, state[place], source):
+            raise StateMismatchError(f"{problems[0]}.")
+        load_registered(one, place, state[place], source, self._loader(source))
 
     def _restore_rates(
         self,
@@ -271,7 +282,12 @@ class LiveState:
             settings[f"{place}/class"] = type(scheduler).__name__
             settings[place] = scheduler_settings(scheduler, place)
             settings[f"{place}/functions"] = fingerprints(scheduler)
-        return settings
+        if self._tolerance.patterns:
+            settings[_PARTIAL] = list(self._tolerance.patterns)
+        return {**settings, **self._exclusion.describe()}
+
+    def _by_place(self) -> dict[str, nn.Module]:
+        return {_place("model", name): model for name, model in self.models.items()}
 
     def _parameter_names(self) -> dict[int, str]:
         names: dict[int, str] = {}
@@ -280,27 +296,88 @@ class LiveState:
                 names.setdefault(id(parameter), clean_name(f"{name}.{key}" if name else key))
         return names
 
+    # How a checkpoint fits
+
+    def _fit_models(self, source: TensorSource, *, everything: bool = False) -> Fit:
+        """
+        Args:
+            everything: a model that is in the checkpoint alone counts, too.
+        """
+        fit = Fit()
+        for place, model in self._by_place().items():
+            fit.add(fit_model(model, place, source, self._exclusion.names))
+        if everything and "" not in self.models:
+            places = tuple(f"{place}/" for place in self._by_place())
+            known = [name for name in source.names("model/") if not name.startswith(places)]
+            fit.unexpected += [name for name in known if "/~extra/" not in name]
+        return fit
+
     def _require_same_structure(
-        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource, absent: Collection[str]
-    ) -> None:
-        problems: list[str] = []
-        for name, model in self.models.items():
-            problems += compare_model(model, _place("model", name), source)
+        self,
+        state: Mapping[str, Json],
+        settings: Mapping[str, Json],
+        source: TensorSource,
+        absent: Collection[str],
+        fit: Fit,
+    ) -> Loading:
+        """Raises StateMismatchError where something differs that may not; returns what is to be left as it is."""
+        problems = self._tolerance.refuse(fit)
+        loading = self._tolerance.begin(fit)
         names = self._parameter_names()
         for name, optimizer in self.optimizers.items():
             place = _place("optimizer", name)
             if place not in state:
-                problems += [f"the checkpoint holds no {place}"] if "optimizer" not in absent else []
+                problems += self._compare_new_optimizer(optimizer, place, loading) if "optimizer" not in absent else []
                 continue
             today, then = type(optimizer).__name__, settings.get(f"{place}/class", _ACCELERATED)
             if then not in (today, _ACCELERATED):
                 problems.append(f"the {place} was a {then} and is a {today} now")
-            problems += compare_groups(optimizer, place, names, state[place]["groups"])
+            saved_groups = state[place]["groups"]
+            if self._tolerance.patterns:
+                problems += self._tolerance.compare_groups(optimizer, place, names, saved_groups)
+            else:
+                problems += compare_groups(optimizer, place, names, saved_groups)
         missing = [name for name in self.registered if f"user/{name}" not in state and "user" not in absent]
         problems += [f"the checkpoint holds nothing for the registered {name!r}" for name in missing]
+        for name, one in self.registered.items():
+            if (place := f"user/{name}") in state:
+                problems += compare_registered(one, place, state[place], source)
+        self._refuse(problems, fit)
+        return loading
+
+    def _compare_new_optimizer(self, optimizer: Any, place: str, loading: Loading) -> list[str]:
+        """One that the checkpoint does not hold fits where its parameters are new, too."""
+        names = self._parameter_names()
+        own = {name for group in optimizer.param_groups for name in member_names(0, group, names)}
+        return [] if own <= loading.fresh else [f"the checkpoint holds no {place}"]
+
+    def _refuse(self, problems: list[str], fit: Fit) -> None:
         if problems:
             more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise StateMismatchError("; ".join(problems[:8]) + more)
+            raise StateMismatchError("; ".join(problems[:8]) + more, hint=self._tolerance.suggest(fit))
+
+    def _fit_optimizers(
+        self, state: Mapping[str, Json], settings: Mapping[str, Json], loading: Loading
+    ) -> tuple[dict[str, Json], dict[str, Json]]:
+        """State and settings as if they had been saved with today's parameter groups."""
+        names = self._parameter_names()
+        state, settings = dict(state), dict(settings)
+        for name, optimizer in self.optimizers.items():
+            if (place := _place("optimizer", name)) not in state or not self._tolerance.patterns:
+                continue
+            own = {one for group in optimizer.param_groups for one in member_names(0, group, names)}
+            if own & loading.fresh or compare_groups(optimizer, place, names, state[place]["groups"]):
+                fitted = fit_optimizer(optimizer, names, state[place], settings.get(place), loading)
+                state[place], settings[place] = fitted
+        return state, settings
+
+    def _tell(self, fit: Fit, loading: Loading, settings: Mapping[str, Json], source: TensorSource) -> list[str]:
+        """Of what was not loaded, and of patterns that changed nothing where the run that saved did not have them."""
+        notes = tell(fit, loading, self.models) + self._exclusion.compare(settings.get(EXCLUDE), source)
+        idle = self._tolerance.unmatched(fit, source.names("model/"))
+        if idle and tuple(settings.get(_PARTIAL, ())) != self._tolerance.patterns:
+            notes.append(f"{self._tolerance.shown}: {some(idle)} matches no tensor, here or in the checkpoint.")
+        return notes
 
 
 def by_name(objects: Any) -> dict[str, Any]:

@@ -18,7 +18,10 @@ def storage_key(value: torch.Tensor) -> Any:
         return id(value)  # no address to compare; the plan refuses it by name
     if isinstance(value, DTensor) or value.numel() == 0:
         local = value.to_local() if isinstance(value, DTensor) else value
-        return id(value) if local.numel() == 0 else (local.data_ptr(), tuple(value.shape), str(value.dtype))
+        kind = (tuple(value.shape), str(value.dtype))
+        if local.numel() == 0:  # no address either, but a storage, which `detach` shares
+            return (local.untyped_storage()._cdata, local.storage_offset(), *kind)
+        return (local.data_ptr(), *kind)
     return (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
 
 

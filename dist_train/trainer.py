@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -27,7 +26,9 @@ from dist_train.field_docs import tell_fields
 from dist_train.health.policy import HealthPolicy
 from dist_train.metrics import EarlyStopping, Mean, Metric
 from dist_train.options import RunOptions, require_hang_timeout, require_times
+from dist_train.partial import require_patterns
 from dist_train.run import Run
+from dist_train.sharding import KINDS, make_trainers_accelerator, prepare
 from dist_train.world import current_world, init_distributed
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -54,6 +55,13 @@ class TrainConfig:
     """Clip the gradient's norm to this before each update."""
     seed: int = 0
     """Of the order of samples and of augmentation; see `seed_everything` for the model's initialisation."""
+    sharding: str = "none"
+    """`none`: each rank holds the model (DDP). `fsdp`: parameters, gradients and optimizer state are spread over all
+    ranks (FSDP2), so that a larger model fits. `hsdp`: spread over the ranks of a host, with a copy on each host: less
+    traffic between hosts. May change between starts, as the number of ranks may; one rank alone holds the model."""
+    shard_units: Sequence[str] = ()
+    """Class names of the model's blocks, each of which is gathered for its own forward and backward pass alone. Without
+    any: what the model says (`_no_split_modules` of transformers), else what its ModuleLists hold."""
     num_workers: int = 0
     """DataLoader workers of each rank; does not change what is trained."""
     drop_last: bool = False
@@ -79,6 +87,10 @@ class TrainConfig:
     requeue_exit: bool = False
     """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
     under plain torchrun, which restarts on any code but 0."""
+    partial_load: Sequence[str] = ()
+    """Patterns of the model's parameters and buffers that may differ from a checkpoint; see `RunOptions`."""
+    exclude: Sequence[str] = ()
+    """Patterns of parameters and buffers that checkpoints do without; see `RunOptions`."""
     checkpoint: CheckpointPolicy = field(default_factory=lambda: CheckpointPolicy(every_epochs=1, every="10min"))
     """When to save and what to keep."""
     early_stopping: EarlyStopping | None = None
@@ -108,10 +120,13 @@ class TrainConfig:
                 raise ConfigError(f"TrainConfig.{name} is {value!r}; it must be a whole number of at least 1.")
         require_times("TrainConfig", self.max_time, self.time_reserve)
         require_hang_timeout("TrainConfig", self.hang_timeout)
+        require_patterns("TrainConfig", "partial_load", self.partial_load)
+        require_patterns("TrainConfig", "exclude", self.exclude)
         if self.mixed_precision not in ("no", "bf16", "fp16", "auto"):
             raise ConfigError(
                 f"TrainConfig.mixed_precision is {self.mixed_precision!r}; give 'no', 'bf16', 'fp16' or 'auto'."
             )
+        _require_sharding(self.sharding, self.shard_units)
         if self.gradient_accumulation_steps is None:
             if self.global_batch_size is None:
                 raise ConfigError(
@@ -138,7 +153,7 @@ class TrainResult:
 
 
 class Trainer:
-    """The standard loop over `Run`: DDP, autocast, GradScaler, accumulation, clipping, evaluation, trackers.
+    """The standard loop over `Run`: DDP or FSDP2, autocast, GradScaler, accumulation, clipping, evaluation, trackers.
 
     Args:
         model: on the CPU; it is placed and wrapped here.
@@ -182,7 +197,11 @@ class Trainer:
         if config.deterministic:
             _be_deterministic()
         init_distributed()
-        self.accelerator = Accelerator(
+        self.accelerator = make_trainers_accelerator(
+            config.sharding,
+            model,
+            config.shard_units,
+            current_world(),
             mixed_precision=_choose_precision(config),
             cpu=config.cpu,
             log_with=config.log_with,
@@ -204,7 +223,7 @@ class Trainer:
         if eval_data is not None:
             sampler: Any = self.train_loader.batch_sampler
             self.eval_loader = evaluation_loader(eval_data, batch_size=sampler.micro_batch_size, **shared)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = prepare(self.accelerator, model, optimizer)
 
     def fit(self) -> TrainResult:
         """Trains to the end, from the newest good checkpoint if there is one. Collective."""
@@ -304,6 +323,8 @@ class Trainer:
                 time_reserve=config.time_reserve,
                 hang_timeout=config.hang_timeout,
                 requeue_exit=config.requeue_exit,
+                partial_load=config.partial_load,
+                exclude=config.exclude,
                 config=asdict(config),
             ),
         )
@@ -355,6 +376,17 @@ def _split_outputs(outputs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
             f"(loss, prediction, target)."
         )
     return outputs, ()
+
+
+def _require_sharding(kind: str, units: Sequence[str]) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"TrainConfig.sharding is {kind!r}; give one of {', '.join(map(repr, KINDS))}.")
+    if isinstance(units, str) or not all(isinstance(name, str) for name in units):
+        raise ConfigError(
+            f"TrainConfig.shard_units is {units!r}; it must be a sequence of class names, ('Block',) for instance."
+        )
+    if units and kind == "none":
+        raise ConfigError(f"TrainConfig.shard_units={list(units)!r} has no effect without sharding='fsdp' or 'hsdp'.")
 
 
 def _be_deterministic() -> None:

@@ -128,6 +128,16 @@ _DECODERS: dict[str, Callable[[Json, Callable[[str, str], torch.Tensor]], Any]] 
 }
 
 
+def tensor_names(json: Json) -> list[str]:
+    """Names of the tensors in what `encode` made of a value."""
+    if isinstance(json, list):
+        return [name for item in json for name in tensor_names(item)]
+    if not isinstance(json, dict):
+        return []
+    own = [json["name"]] if json.get(_TAG) == "tensor" else []
+    return own + [name for value in json.values() for name in tensor_names(value)]
+
+
 def _key(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
     return decode(json, load)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -94,7 +94,7 @@ def adopt(foreign: Foreign, source: str, run_dir: str) -> Adopted:
     meter = ByteMeter(size, sys.stderr, name=f"import {source}")
     with new_folder(run_dir, needed_bytes=size + _SLACK_BYTES, force=False) as staging:
         try:
-            done = _commit(staging, capture, facts, settings, meter)
+            done = _commit(staging, capture, facts, settings, foreign.attached, meter)
         except SaveFailedError as error:
             raise StorageError(f"{run_dir} was not made: {error}. Free space, and import it again.") from error
         events = EventLog(staging)
@@ -145,7 +145,14 @@ def _leave_behind(foreign: Foreign, parts: Collection[str]) -> Foreign:
     )
 
 
-def _commit(store: Store, capture: Capture, facts: Facts, settings: dict[str, Json], meter: ByteMeter) -> Committed:
+def _commit(
+    store: Store,
+    capture: Capture,
+    facts: Facts,
+    settings: dict[str, Json],
+    attached: Sequence[str],
+    meter: ByteMeter,
+) -> Committed:
     """By the machinery of every save, in a directory that nobody else knows yet."""
 
     def count(operation: Operation) -> None:
@@ -155,6 +162,7 @@ def _commit(store: Store, capture: Capture, facts: Facts, settings: dict[str, Js
     keeper = Checkpointer(Store(store.root, observer=count), SoloWorld(), CheckpointPolicy())
     try:
         keeper.open()
+        keeper.attach(attached)
         progress = _write_history(store, keeper.attempt, facts)
         keeper.save(
             capture,

@@ -102,12 +102,21 @@ def _save_itself(item: Any, folder: str) -> None:
             f"(a config, a tokenizer, a processor), or the model, whose config is taken."
         )
     try:
-        item.save_pretrained(folder)
+        _without_sets(item).save_pretrained(folder)
     except Exception as error:  # another library's, and the other ranks wait
         raise ConfigError(
             f"The {type(item).__name__} cannot be attached: its save_pretrained failed with {type(error).__name__}: "
             f"{error}."
         ) from error
+
+
+def _without_sets(item: Any) -> Any:
+    """PEFT's configs hold sets, whose order differs by process: a resume would find another file each time."""
+    sets = {name: value for name, value in getattr(item, "__dict__", {}).items() if isinstance(value, set)}
+    ordered = copy.copy(item) if sets else item
+    for name, value in sets.items():
+        setattr(ordered, name, sorted(value, key=str))
+    return ordered
 
 
 def _save_settings_of(model: nn.Module, folder: str) -> None:

@@ -46,6 +46,7 @@ from dist_train.checkpoint.restorer import Opened, Restorer
 from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
+from dist_train.checkpoint.survey import take_survey
 from dist_train.checkpoint.trash import discard
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, Writing, describe_error
 from dist_train.console import bytes_text
@@ -290,7 +291,8 @@ class Checkpointer:
         if not self.world.max([changed], "whether the structure of the state has changed")[0]:
             assert self._plan is not None
             return self._plan
-        self._plan = plan = make_plan(capture, self.world.rank, self.world.world_size)
+        survey = take_survey(capture, self.world)
+        self._plan = plan = make_plan(capture, self.world.rank, self.world.world_size, survey)
         if self._image is not None:
             self._image.close()
             self._image = None
@@ -300,7 +302,10 @@ class Checkpointer:
         for (name, entry), count in zip(plan.tensors.items(), written[:-1], strict=True):
             expected = math.prod(entry.shape)
             if count != expected:
-                raise errors.DisagreementError(f"{name}: the ranks would write {count} of its {expected} elements.")
+                raise errors.DisagreementError(
+                    f"{name}: the ranks would write {count} of its {expected} elements. All ranks must lay it "
+                    f"out alike: is it sharded on some and plain on others, or on meshes that overlap?"
+                )
         return plan
 
     def _begin(self, draft: Draft) -> Json:

@@ -1,6 +1,6 @@
 """Checkpoints in the forms of others: export to .pth and safetensors, import from what people have.
 
-    export    a run's checkpoint, verified -> a .pth dictionary | a .safetensors file | Hugging Face's folder
+    export    a run's checkpoint, verified -> a .pth dictionary | a .safetensors file | Hugging Face's folder | PEFT's
     import    `foreign` (whose files are they?) -> `adoption` (a new run with one committed checkpoint)
 
 Invariant: the one module that calls `torch.save` and `torch.load`; what is loaded is never executed: weights_only, with
@@ -10,35 +10,50 @@ numpy's plain numbers and arrays besides. An export appears whole or not at all,
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import torch
 from torch.serialization import safe_globals
 
+from dist_train.checkpoint.adapters import CONFIG_NAME as ADAPTER_CONFIG
+from dist_train.checkpoint.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
+from dist_train.checkpoint.adapters import has_adapter
 from dist_train.checkpoint.adoption import Adopted, adopt
 from dist_train.checkpoint.dictionary import build_dictionary, list_left_out
 from dist_train.checkpoint.foreign import ImportOptions, read_foreign
 from dist_train.checkpoint.inference import files_for_inference, find_checkpoint, list_all_files, open_whole
 from dist_train.checkpoint.manifest import Manifest
-from dist_train.checkpoint.outbox import new_file, new_folder, require_new
+from dist_train.checkpoint.outbox import new_file, new_folder, require_new, write_into
 from dist_train.checkpoint.reader import CheckpointReader
+from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.selection import best_or_latest, open_run
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.weight_files import tied_keys, weight_parts, write_shards, write_weights
+from dist_train.checkpoint.tensor_file import Part
+from dist_train.checkpoint.weight_files import (
+    adapter_parts,
+    tied_keys,
+    weight_parts,
+    write_shards,
+    write_weights,
+)
 from dist_train.console import ByteMeter
 from dist_train.errors import ConfigError, CorruptCheckpointError
 
-Format = Literal["pth", "safetensors", "hf"]
-FORMATS = ("pth", "safetensors", "hf")
+Format = Literal["pth", "safetensors", "hf", "peft"]
+FORMATS = ("pth", "safetensors", "hf", "peft")
+_FOLDERS = ("hf", "peft")
 SHARD_BYTES = 5_000_000_000
 """Hugging Face's own default."""
+_LEFT_OUT = ["the state of the optimizer, scheduler and scaler", "the base model"]
 _HEADER_BYTES = 1 << 20
 _REFUSED = re.compile(r"(?:GLOBAL|Unsupported (?:global|class|operand)[^`]*?)\s*`?([\w.]+\.\w+)`?")
 
@@ -57,6 +72,8 @@ class Exported:
     epochs_completed: int
     left_out: list[str]
     """What the form has no place for."""
+    attached: list[str]
+    """Files beside the weights: those that go along with the run's checkpoints."""
 
 
 def export_checkpoint(
@@ -71,20 +88,22 @@ def export_checkpoint(
 ) -> Exported:
     """Writes one checkpoint of a run for other programs; its digests are verified first.
 
-    `safetensors` and `hf` need the memory of one tensor. For `pth`, torch.save wants all tensors at once: they are
-    mapped from the checkpoint's files, so that the memory they take is the page cache's; tensors that are sharded or
-    not row-major are copied.
+    `hf` and `peft` are folders, the latter of an adapter alone; the files that were attached to the run go along.
+    These two and `safetensors` need 64 MB of memory, however large a tensor is. For `pth`, torch.save wants all tensors
+    at once: they are mapped from the checkpoint's files, so that the memory they take is the page cache's; tensors that
+    are sharded or not row-major are copied.
 
     Args:
         which: `latest`, `best`, `epoch:15`, `step:1200` or a path; None is the best if there is one, else the latest.
-        to: the file to be written, for `hf` the folder; a file of a directory that exists gets the name that None
-            gives it in the working directory: the run's and the checkpoint's.
+        to: the file to be written, for `hf` and `peft` the folder; a file of a directory that exists gets the name
+            that None gives it in the working directory: the run's and the checkpoint's.
         max_shard_bytes: for `hf` alone, the most bytes of one file (a larger tensor has one of its own); None is 5 GB.
         weights_only: for `pth`, leave the optimizer's, scheduler's and scaler's state out.
         force: replace what is there.
 
     Raises:
-        ConfigError: the target is there already or lies in a run, or an argument is wrong.
+        ConfigError: the target is there already or lies in a run, an argument is wrong, or the checkpoint's model is
+            none for this format.
         NoCheckpointError, CorruptCheckpointError: the checkpoint cannot be had.
         StorageError: the target cannot be written; nothing is left of it.
     """
@@ -98,7 +117,7 @@ def export_checkpoint(
     store = open_run(run_dir)
     named = which or best_or_latest(store)
     target = _target(store, named, to, form)
-    require_new(target, force=force, is_folder=form == "hf")
+    require_new(target, force=force, is_folder=form in _FOLDERS)
     opened = open_whole(lambda: find_checkpoint(run_dir, named), list_all_files if whole else files_for_inference)
     manifest, reader = opened.manifest, opened.reader
     size = sum(manifest.files[name].size for name in (manifest.files if whole else files_for_inference(manifest)))
@@ -106,9 +125,12 @@ def export_checkpoint(
     try:
         if form == "pth":
             count, written = 1, _write_pth(manifest, reader, target, size, weights_only, force, meter)
+        elif form == "safetensors":
+            count, written = 1, _write_safetensors(manifest, reader, target, force, meter)
+        elif form == "peft":
+            count, written = _write_peft(opened, target, force, meter)
         else:
-            limit = None if form == "safetensors" else max_shard_bytes or SHARD_BYTES
-            count, written = _write_safetensors(manifest, reader, target, limit, force, meter)
+            count, written = _write_hf(opened, target, max_shard_bytes or SHARD_BYTES, force, meter)
     finally:
         meter.pause()
         reader.close()
@@ -120,7 +142,8 @@ def export_checkpoint(
         num_files=count,
         global_step=manifest.progress.global_step,
         epochs_completed=manifest.progress.epochs_completed,
-        left_out=list_left_out(manifest) if whole else ["the state of the optimizer, scheduler and scaler"],
+        left_out=list_left_out(manifest) if whole else _LEFT_OUT[: 2 if form == "peft" else 1],
+        attached=manifest.attached if form in _FOLDERS else [],
     )
 
 
@@ -202,10 +225,10 @@ def _target(store: Store, which: str, to: str | None, form: str) -> str:
     """`ultra-best.pth` or `ultra-epoch-15`, in the working directory or the one that was given."""
     of_run = os.path.basename(store.root)
     of_checkpoint = os.path.basename(which.rstrip("/")).replace(":", "-")
-    name = f"{of_run}-{of_checkpoint}" + ("" if form == "hf" else f".{form}")
+    name = f"{of_run}-{of_checkpoint}" + ("" if form in _FOLDERS else f".{form}")
     if to is None:
         return name
-    is_place = form != "hf" and (os.path.isdir(to) or to.endswith("/"))
+    is_place = form not in _FOLDERS and (os.path.isdir(to) or to.endswith("/"))
     return os.path.join(to, name) if is_place else to
 
 
@@ -225,21 +248,66 @@ def _write_pth(
         return file.tell()
 
 
-def _write_safetensors(
-    manifest: Manifest, reader: CheckpointReader, to: str, max_shard_bytes: int | None, force: bool, meter: ByteMeter
-) -> tuple[int, int]:
-    """(files, bytes)."""
+def _write_safetensors(manifest: Manifest, reader: CheckpointReader, to: str, force: bool, meter: ByteMeter) -> int:
     parts = weight_parts(manifest, reader)
+    with new_file(to, needed_bytes=_size_of(parts, to), force=force) as file:
+        write_weights(file, parts, reader, meter.add, tied_keys(manifest))
+        return file.tell()
+
+
+def _write_hf(opened: Opened, to: str, max_shard_bytes: int, force: bool, meter: ByteMeter) -> tuple[int, int]:
+    """(files of weights, bytes)."""
+    manifest, reader, beside = opened.manifest, opened.reader, _read_attached(opened)
+    parts = weight_parts(manifest, reader)
+    if has_adapter([part.key for part in parts]):
+        raise ConfigError(
+            f"{to} was not written: the checkpoint's model has an adapter of PEFT, and from_pretrained would not know "
+            f"its names. Give --format peft for the adapter; or load the model (dist_train.load_model), and call its "
+            f"merge_and_unload() and save_pretrained()."
+        )
+    with new_folder(to, needed_bytes=_size_of(parts, to, beside), force=force) as folder:
+        count = write_shards(folder, parts, reader, max_shard_bytes, meter.add)
+        _write_beside(folder, beside)
+        return count, folder.tree_bytes()
+
+
+def _write_peft(opened: Opened, to: str, force: bool, meter: ByteMeter) -> tuple[int, int]:
+    """The same of PEFT's folder."""
+    manifest, reader, beside = opened.manifest, opened.reader, _read_attached(opened)
+    try:
+        config = json.loads(beside.get(ADAPTER_CONFIG, b"{}"))
+    except ValueError as error:
+        raise ConfigError(f"{opened.path}/{ADAPTER_CONFIG}, as it was attached, is not JSON ({error}).") from error
+    parts = adapter_parts(manifest, reader, config)
+    with new_folder(to, needed_bytes=_size_of(parts, to, beside), force=force) as folder:
+        with write_into(folder, ADAPTER_WEIGHTS) as file:
+            write_weights(file, parts, reader, meter.add)
+        _write_beside(folder, beside)
+        return 1, folder.tree_bytes()
+
+
+def _size_of(parts: Sequence[Part], to: str, beside: Mapping[str, bytes] | None = None) -> int:
     if not parts:
         raise ConfigError(f"{to} was not written: the checkpoint holds no model.")
-    needed = sum(part.num_bytes for part in parts) + _HEADER_BYTES
-    if max_shard_bytes is None:
-        with new_file(to, needed_bytes=needed, force=force) as file:
-            write_weights(file, parts, reader, meter.add, tied_keys(manifest))
-            return 1, file.tell()
-    with new_folder(to, needed_bytes=needed, force=force) as folder:
-        count = write_shards(folder, parts, reader, max_shard_bytes, meter.add)
-        return count, folder.tree_bytes()
+    return sum(part.num_bytes for part in parts) + sum(map(len, (beside or {}).values())) + _HEADER_BYTES
+
+
+def _read_attached(opened: Opened) -> dict[str, bytes]:
+    """Verified with the rest a moment ago."""
+    try:
+        return {name: Path(opened.path, name).read_bytes() for name in opened.manifest.attached}
+    except FileNotFoundError as error:
+        raise CorruptCheckpointError(
+            f"{error.filename} is gone: the training that goes on has pruned the checkpoint. Export it again, or "
+            f"another one; `dist-train pin` keeps one.",
+            opened.path,
+        ) from error
+
+
+def _write_beside(folder: Store, beside: Mapping[str, bytes]) -> None:
+    for name, data in beside.items():
+        with write_into(folder, name) as file:
+            file.write(data)
 
 
 class _Sink:

@@ -46,6 +46,10 @@ _LIGHTNING = "pytorch-lightning_version"
 _LIGHTNING_SCALER = "MixedPrecision"
 _DICTIONARIES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".th")
 _SHARDED = (".distcp", ".metadata")
+_GOES_ALONG = re.compile(
+    r"(\w+_)?config\.json$|(\w*token\w*|vocab|merges|chat_template)\.(json|txt|jinja)$|.*\.(model|jinja|tiktoken)$"
+)
+"""What transformers and PEFT write beside weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,8 @@ class Foreign:
     """Whether lower or higher is better, where the source says it."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Everything else: epoch, step, metrics."""
+    attached: list[str] = field(default_factory=list)
+    """Paths of the files that make a folder of weights a model to be loaded: its config, its tokenizer."""
     notes: list[str] = field(default_factory=list)
     """What was mapped, guessed or not taken, for people."""
 
@@ -270,6 +276,8 @@ def _read_folder(source: str, options: ImportOptions, load: Load) -> Foreign:
         _read_trainer_state(foreign, os.path.join(source, "trainer_state.json"))
     taken = {os.path.basename(file) for files in models for file in files}
     taken |= {one for part in PARTS for one in _numbered(names, part)} | {"trainer_state.json"}
+    foreign.attached = [os.path.join(source, one) for one in names if one not in taken and _GOES_ALONG.match(one)]
+    taken |= {os.path.basename(one) for one in foreign.attached}
     rest = [one for one in names if one not in taken and not one.endswith((".index.json", ".md"))]
     if rest:
         foreign.notes.append(f"not taken: {_some(rest)}")

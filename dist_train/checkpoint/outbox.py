@@ -93,7 +93,9 @@ def _replace_weights(parent: Store, name: str, temporary: str) -> None:
     at once, so the index goes first of all there, and a reader finds no model rather than shards of two. The same
     command again finishes what was cut short.
     """
-    new, old = parent.list(temporary), [one for one in parent.list(name) if _WEIGHTS.match(one) or one == MODEL_INDEX]
+    new = parent.list(temporary)
+    replaces = any(_WEIGHTS.match(one) for one in new)  # an adapter comes beside the weights that it is for
+    old = [one for one in parent.list(name) if replaces and (_WEIGHTS.match(one) or one == MODEL_INDEX)]
     if MODEL_INDEX in new and set(new) & set(old) - {MODEL_INDEX}:
         parent.unlink(f"{name}/{MODEL_INDEX}")
         parent.sync_directory(name)

@@ -1,25 +1,28 @@
 """Which rank writes which bytes: a deterministic function that every rank computes alone.
 
-Invariant: over all ranks every element of every tensor is written exactly once. Plain tensors are equal on all ranks
-and are spread over them by bytes; a DTensor's parts are written where they lie, one replica of each. Copies nothing.
+Invariant: over all ranks every element of every tensor is written exactly once. What every rank holds whole is spread
+over them by bytes; the boxes of a sharded tensor are written where they lie, one replica of each. Copies nothing.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from dist_train.capture import Capture
+from dist_train.checkpoint.boxes import boxes_of, is_sharded, local_part
 from dist_train.checkpoint.manifest import TensorEntry, digest_of, shard_name
+from dist_train.checkpoint.survey import Survey
 from dist_train.checkpoint.tensor_file import DTYPE_NAMES, FileLayout, Part, lay_out
 from dist_train.errors import UnsaveableStateError
 
 GROUPS = ("model", "optimizer", "state")
-Signature = tuple[tuple[str, tuple[int, ...], torch.dtype, str], ...]
+ALONE = Survey()
+Signature = tuple[tuple[str, tuple[int, ...], torch.dtype, object], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +61,21 @@ def signature_of(capture: Capture) -> Signature:
     return tuple((name, tuple(value.shape), value.dtype, _placement(value)) for name, value in everything)
 
 
-def make_plan(capture: Capture, rank: int, world_size: int) -> Plan:
+def make_plan(capture: Capture, rank: int, world_size: int, survey: Survey = ALONE) -> Plan:
     """Raises UnsaveableStateError, naming the tensor."""
     for name, tensor in [*capture.tensors.items(), *capture.per_rank.items()]:
         _require_plain_kind(name, tensor)
-    owners = _assign_plain(capture, world_size)
+    spread = {name for name, tensor in capture.tensors.items() if _is_everywhere(tensor, world_size, survey)}
+    owners = _assign_whole(capture, spread, world_size)
+    shares = _Shares(survey)
     parts: list[Part] = []
-    for index, (name, tensor) in enumerate(capture.tensors.items()):
-        if isinstance(tensor, DTensor):
-            parts += _shard_parts(name, tensor, index)
-        elif owners[name] == rank:
-            parts.append(_whole_part(name, tensor))
+    for name, tensor in capture.tensors.items():
+        if name in spread:
+            parts += [_whole_part(name, tensor)] if owners[name] == rank else []
+        else:
+            assert isinstance(tensor, DTensor)
+            boxes = _box_parts(name, tensor)
+            parts += boxes if shares.is_mine(tensor) else []
     parts += [_whole_part(own_name(name, rank), tensor) for name, tensor in capture.per_rank.items()]
     grouped = {group: [part for part in parts if group_of(part.name) == group] for group in GROUPS}
     files = {
@@ -76,15 +83,16 @@ def make_plan(capture: Capture, rank: int, world_size: int) -> Plan:
     }
     return Plan(
         files=files,
-        tensors=_table(capture, world_size),
+        tensors=_table(capture, world_size, survey),
         signature=signature_of(capture),
         weight_map=_weight_map(capture, owners, world_size),
     )
 
 
 def own_name(name: str, rank: int) -> str:
-    """Name of one rank's own value of a tensor that differs by rank."""
-    return f"rank-{rank:05d}/{name}"
+    """Name of one rank's own value of a tensor that differs by rank; an optimizer's stays among the optimizer's."""
+    group, _, rest = name.partition("/")
+    return f"optimizer/~rank-{rank:05d}/{rest}" if group == "optimizer" else f"rank-{rank:05d}/{name}"
 
 
 def group_of(name: str) -> str:
@@ -102,10 +110,13 @@ def full_name(group: str, key: str) -> str:
     return key if group == "state" else f"{group}/{key}"
 
 
-def _table(capture: Capture, world_size: int) -> dict[str, TensorEntry]:
+def _table(capture: Capture, world_size: int, survey: Survey) -> dict[str, TensorEntry]:
     table = {name: _entry(tensor) for name, tensor in capture.tensors.items()}
     for name, tensor in capture.per_rank.items():
-        table.update({own_name(name, rank): _entry(tensor) for rank in range(world_size)})
+        alike = [[list(tensor.shape), DTYPE_NAMES[tensor.dtype]]] * world_size
+        for rank, (shape, dtype) in enumerate(survey.apart.get(name, alike)):
+            order = None if name in survey.apart else _memory_order(tensor)
+            table[own_name(name, rank)] = TensorEntry(shape=shape, dtype=dtype, order=order)
     return table
 
 
@@ -121,21 +132,50 @@ def _memory_order(tensor: torch.Tensor) -> list[int] | None:
     return sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
 
 
-def _assign_plain(capture: Capture, world_size: int) -> dict[str, int]:
+def _is_everywhere(tensor: torch.Tensor, world_size: int, survey: Survey) -> bool:
+    """Whether every rank holds all of it; and what has no elements counts as that."""
+    if not isinstance(tensor, DTensor) or tensor.numel() == 0:
+        return True
+    _, copies = survey.copies.get(tensor.device_mesh, (0, 1))
+    return not is_sharded(tensor) and tensor.device_mesh.size() * copies == world_size
+
+
+def _assign_whole(capture: Capture, spread: Set[str], world_size: int) -> dict[str, int]:
     """Greedy by bytes: the largest first, always to the rank that has least."""
     loads = [0] * world_size
     owners = dict.fromkeys(capture.main_only, 0)
     for name in capture.main_only:
         loads[0] += capture.tensors[name].nbytes
-    spread: Mapping[str, torch.Tensor] = {
-        name: tensor
-        for name, tensor in capture.tensors.items()
-        if name not in capture.main_only and not isinstance(tensor, DTensor)
-    }
-    for name in sorted(spread, key=lambda one: (-spread[one].nbytes, one)):
+    for name in sorted(spread - owners.keys(), key=lambda one: (-capture.tensors[one].nbytes, one)):
         owners[name] = loads.index(min(loads))
-        loads[owners[name]] += spread[name].nbytes
+        loads[owners[name]] += capture.tensors[name].nbytes
     return owners
+
+
+class _Shares:
+    """Which of the ranks that hold the same boxes writes them: the one that has least so far.
+
+    Every rank asks for all tensors in the same order, so that all come to the same answer; replicas are the ranks of a
+    mesh that differ in replicating dimensions only, and those at the same place of its copies.
+    """
+
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+        self._loads: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
+        self._meshes: dict[DeviceMesh, int] = {}
+
+    def is_mine(self, tensor: DTensor) -> bool:
+        mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+        place, count = self._survey.copies.get(mesh, (0, 1))
+        replicating = tuple(isinstance(placement, Replicate) for placement in tensor.placements)
+        for dim in (dim for dim, replicates in enumerate(replicating) if replicates):
+            place = place * mesh.size(dim) + (coordinate[dim] if coordinate else 0)
+            count *= mesh.size(dim)
+        key = (self._meshes.setdefault(mesh, len(self._meshes)), replicating)
+        loads = self._loads.setdefault(key, [0] * count)
+        chosen = loads.index(min(loads))
+        loads[chosen] += tensor.numel() * tensor.dtype.itemsize
+        return coordinate is not None and chosen == place
 
 
 def _weight_map(capture: Capture, owners: Mapping[str, int], world_size: int) -> dict[str, str] | None:
@@ -151,31 +191,21 @@ def _whole_part(name: str, tensor: torch.Tensor) -> Part:
     return Part(name=name, key=key_in_file(name), dtype=dtype, sizes=sizes, offsets=(0,) * len(sizes), whole=True)
 
 
-def _shard_parts(name: str, tensor: DTensor, index: int) -> list[Part]:
-    """The box of a DTensor that lies here, unless another replica of it is the one to be written."""
-    if not _is_written_replica(tensor, index):
-        return []
-    (item,) = tensor.__create_write_items__(name, tensor)
-    sizes, offsets = tuple(item.tensor_data.chunk.sizes), tuple(item.tensor_data.chunk.offsets)
-    whole = sizes == tuple(tensor.shape)
-    if math.prod(sizes) == 0 and not whole:
-        return []
-    key = key_in_file(name) if whole else f"{key_in_file(name)}@{','.join(map(str, offsets))}"
-    return [Part(name=name, key=key, dtype=DTYPE_NAMES[tensor.dtype], sizes=sizes, offsets=offsets, whole=whole)]
-
-
-def _is_written_replica(tensor: DTensor, index: int) -> bool:
-    """One of the ranks that hold the same box; which one turns with the tensor's index, so that bytes spread."""
-    mesh, place = tensor.device_mesh, 0
-    replicas = 1
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return False
-    for dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            place = place * mesh.size(dim) + coordinate[dim]
-            replicas *= mesh.size(dim)
-    return place == index % replicas
+def _box_parts(name: str, tensor: DTensor) -> list[Part]:
+    parts = []
+    for box in boxes_of(name, tensor):
+        whole = box.sizes == tuple(tensor.shape)
+        part = Part(
+            name=name,
+            key=key_in_file(name) if whole else f"{key_in_file(name)}@{','.join(map(str, box.offsets))}",
+            dtype=DTYPE_NAMES[tensor.dtype],
+            sizes=box.sizes,
+            offsets=box.offsets,
+            whole=whole,
+            local_offsets=box.local_offsets,
+        )
+        parts.append(part)
+    return parts
 
 
 def _require_plain_kind(name: str, tensor: torch.Tensor) -> None:
@@ -184,18 +214,15 @@ def _require_plain_kind(name: str, tensor: torch.Tensor) -> None:
         raise UnsaveableStateError(
             f"{name} has dtype {tensor.dtype}, which safetensors cannot hold. It holds: {known}."
         )
-    if isinstance(tensor, DTensor):
-        odd = [p for p in tensor.placements if type(p) is not Shard and not isinstance(p, Replicate)]
-        if odd:
-            raise UnsaveableStateError(f"{name} is a DTensor placed {odd}; only Shard and Replicate can be saved.")
-    elif tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+    local = local_part(tensor) if isinstance(tensor, DTensor) else tensor
+    if local.layout != torch.strided or local.is_quantized or local.is_meta:
+        kind = "on the meta device" if local.is_meta else f"of layout {local.layout}"
         raise UnsaveableStateError(f"{name} is a tensor {kind}, which has no plain bytes to save.")
-    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(local) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         raise UnsaveableStateError(
-            f"{name} is a {type(tensor).__name__}, a kind of tensor whose bytes are not known to be all there is to it."
+            f"{name} is a {type(local).__name__}, a kind of tensor whose bytes are not known to be all there is to it."
         )
 
 
-def _placement(tensor: torch.Tensor) -> str:
-    return f"{tensor.device_mesh}{tensor.placements}" if isinstance(tensor, DTensor) else str(_memory_order(tensor))
+def _placement(tensor: torch.Tensor) -> object:
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else _memory_order(tensor)

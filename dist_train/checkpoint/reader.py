@@ -1,25 +1,27 @@
 """A verified checkpoint -> live tensors, whatever layout it was written in and whatever layout they have now.
 
 Invariant: a tensor is filled element by element exactly once, with the dtype it was saved in, or it is an error that
-names it. Bytes go from the mapped file to their destination; no second copy of the model is made.
+names it. Bytes go from the mapped file to their destination, a few megabytes at a time; no second copy of the model is
+made, and of the files no more is read than this rank's part (and gaps that are too small to be worth leaving out).
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from dist_train.checkpoint import paging
+from dist_train.checkpoint.boxes import boxes_of, local_part, region_of
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.plan import full_name, own_name
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.tensor_file import DTYPES, Part, read_layout
 from dist_train.errors import CorruptCheckpointError, StateMismatchError
 
-_MOST_MAPPED_BYTES = 16 << 20
 _MAPPED_AT_ONCE_BYTES = 1 << 20
 """What the kernel may map around the first byte that is touched: a part counts as no less."""
 
@@ -52,6 +54,7 @@ class CheckpointReader:
         for _, part in read_layout(data, f"{self._path}/{name}"):
             full = full_name(group, part.key) if part.whole else part.name
             self._parts.setdefault(full, []).append((data, part))
+        paging.read_on_request(data)
 
     def close(self) -> None:
         self._parts.clear()
@@ -67,6 +70,10 @@ class CheckpointReader:
         entry = self._manifest.tensors[self._resolve(name)]
         return tuple(entry.shape), DTYPES[entry.dtype]
 
+    def is_sharded(self, name: str) -> bool:
+        """Whether it was saved in several parts."""
+        return len(self._parts.get(self._resolve(name), [])) > 1
+
     def own_name(self, name: str) -> str:
         """The name of this rank's own value where every rank's was kept."""
         own = own_name(name, self._rank)
@@ -79,8 +86,10 @@ class CheckpointReader:
             here = f"{list(target.shape)} {target.dtype}"
             raise StateMismatchError(f"{name} is {list(shape)} {dtype} in {self._path} and {here} here.")
         if isinstance(target, DTensor):
-            for chunk in target.__create_chunk_list__():
-                self._fill_box(name, target.to_local().detach(), tuple(chunk.offsets), tuple(chunk.sizes))
+            local = local_part(target)
+            for box in boxes_of(name, target):
+                region = region_of(local, box.local_offsets, box.sizes)
+                self._fill_box(name, region, box.offsets, box.sizes)
         else:
             self._fill_box(name, target.detach(), (0,) * len(shape), shape)
 
@@ -101,8 +110,16 @@ class CheckpointReader:
         shape, _ = self.describe(name)
         parts = self._parts[self._resolve(name)]
         if len(parts) == 1 and parts[0][1].sizes == shape and not self._manifest.tensors[self._resolve(name)].order:
-            return _view(*parts[0])
+            data, part = parts[0]
+            paging.read_ahead(data, part.start, part.num_bytes)
+            return _view(data, part)
         return self.create(name, torch.device("cpu"))
+
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A part of a tensor, on the CPU, whatever files hold its bytes: no more memory than the part takes."""
+        box = torch.empty(sizes, dtype=self.describe(name)[1])
+        self._fill_box(name, box, offsets, sizes)
+        return box
 
     def forget(self, name: str) -> int:
         """Lets the memory go that reading a tensor took; returns its bytes in the files."""
@@ -119,14 +136,16 @@ class CheckpointReader:
             overlap = _overlap(part, offsets, sizes)
             if overlap is None:
                 continue
-            lows, highs = overlap
-            values = _view(data, part)
-            for dim, (low, high) in enumerate(zip(lows, highs, strict=True)):
-                values = values.narrow(dim, low - part.offsets[dim], high - low)
-            _write(target, lows, highs, offsets, values)
+            lows, counts = overlap
+            values = region_of(_view(data, part), _minus(lows, part.offsets), counts)
+            region = region_of(target, _minus(lows, offsets), counts)
+            is_mapped = part.start % values.element_size() == 0
+            for piece, place in paging.pieces(values, region):
+                span = paging.request(data, part.start, piece) if is_mapped else piece.nbytes
+                _write(place, piece)
+                self.on_bytes(piece.nbytes)
+                self._forget(span)
             filled += values.numel()
-            self.on_bytes(values.nbytes)
-            self._forget(part.num_bytes)
         if filled != target.numel():
             raise CorruptCheckpointError(
                 f"{self._path}: {name} has {filled} of the {target.numel()} elements that are needed here.", self._path
@@ -138,10 +157,10 @@ class CheckpointReader:
         Small tensors too, once they come to something: a model may have nothing but small ones.
         """
         self._read_bytes += max(num_bytes, _MAPPED_AT_ONCE_BYTES)
-        if self._read_bytes >= _MOST_MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+        if self._read_bytes >= paging.PIECE_BYTES:
             self._read_bytes = 0
             for data in self._maps:
-                data.madvise(mmap.MADV_DONTNEED)
+                paging.let_go(data)
 
     def _require_coverage(self) -> None:
         """Every tensor of the table is there once and whole."""
@@ -168,12 +187,7 @@ def _view(data: mmap.mmap, part: Part) -> torch.Tensor:
     return aligned.view(DTYPES[part.dtype]).view(part.sizes)
 
 
-def _write(
-    target: torch.Tensor, lows: list[int], highs: list[int], offsets: tuple[int, ...], values: torch.Tensor
-) -> None:
-    region = target
-    for dim, (low, high) in enumerate(zip(lows, highs, strict=True)):
-        region = region.narrow(dim, low - offsets[dim], high - low)
+def _write(region: torch.Tensor, values: torch.Tensor) -> None:
     for dim in range(region.dim()):
         if region.stride(dim) == 0 and region.size(dim) > 1:  # expanded: one element stands for all of them
             region, values = region.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
@@ -182,9 +196,15 @@ def _write(
 
 
 def _overlap(part: Part, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[list[int], list[int]] | None:
+    """Where what a part and a box have in common begins, and its size."""
     lows = [max(a, b) for a, b in zip(part.offsets, offsets, strict=True)]
     highs = [min(a + n, b + m) for a, n, b, m in zip(part.offsets, part.sizes, offsets, sizes, strict=True)]
-    return None if any(low >= high for low, high in zip(lows, highs, strict=True)) else (lows, highs)
+    counts = _minus(highs, lows)
+    return None if any(count <= 0 for count in counts) else (lows, counts)
+
+
+def _minus(places: Sequence[int], origin: Sequence[int]) -> list[int]:
+    return [place - start for place, start in zip(places, origin, strict=True)]
 
 
 def _any_overlap(parts: list[Part]) -> bool:

@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dist_train.capture import Capture
+from dist_train.checkpoint.boxes import local_part, region_of
 from dist_train.checkpoint.plan import Plan, own_name
 from dist_train.checkpoint.side_stream import SideStreams
 from dist_train.checkpoint.tensor_file import ALIGNMENT, DTYPES, FileLayout
@@ -93,11 +93,12 @@ class Image:
         for part in layout.parts:
             if part.num_bytes == 0:
                 continue
-            tensor = tensors[part.name]
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            values = local_part(tensors[part.name])
+            if part.local_offsets:
+                values = region_of(values, part.local_offsets, part.sizes)
             start = base + part.start
             target = self._bytes[start : start + part.num_bytes].view(DTYPES[part.dtype]).view(part.sizes)
-            yield target, local
+            yield target, values
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:

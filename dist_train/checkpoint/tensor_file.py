@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class Part:
     offsets: tuple[int, ...]
     """Where the box begins in the whole tensor."""
     whole: bool
+    local_offsets: tuple[int, ...] = ()
+    """Where the box begins in the tensor that it is copied from; empty for that tensor's beginning."""
     start: int = 0
     """First byte, counted from the beginning of the file."""
 
@@ -87,7 +89,7 @@ def lay_out(group: str, parts: Sequence[Part], metadata: Mapping[str, str] | Non
         position = stop
     header = _header({"format": "pt", **_describe_parts(ordered), **(metadata or {})}, entries)
     starts = [len(header) + entries[part.key]["data_offsets"][0] for part in ordered]
-    placed = [_at(part, start) for part, start in zip(ordered, starts, strict=True)]
+    placed = [replace(part, start=start) for part, start in zip(ordered, starts, strict=True)]
     return FileLayout(group=group, header=header, parts=placed, num_bytes=len(header) + position)
 
 
@@ -136,15 +138,3 @@ def _header(metadata: dict[str, str], entries: dict[str, Any]) -> bytes:
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
     return padded.to_bytes(8, "little") + text.ljust(padded)
-
-
-def _at(part: Part, start: int) -> Part:
-    return Part(
-        name=part.name,
-        key=part.key,
-        dtype=part.dtype,
-        sizes=part.sizes,
-        offsets=part.offsets,
-        whole=part.whole,
-        start=start,
-    )

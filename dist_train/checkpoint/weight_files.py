@@ -1,25 +1,31 @@
-"""A checkpoint's weights as safetensors, one file or Hugging Face's folder of shards, written tensor by tensor.
+"""A checkpoint's weights as safetensors: one file, Hugging Face's folder of shards, or PEFT's of an adapter.
 
-Invariant: values are bit for bit those of the checkpoint, names are those of the model's state_dict, and never more
-than one tensor is in memory. A tied tensor is stored once.
+Invariant: values are bit for bit those of the checkpoint, names are those of the model's state_dict (an adapter's are
+PEFT's own), and never more than `BLOCK_BYTES` of them are in memory, however large a tensor is and however many ranks
+wrote its parts. A tied tensor is stored once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import torch
 
+from dist_train.checkpoint.adapters import has_adapter, name_adapters
 from dist_train.checkpoint.manifest import MODEL_INDEX, Manifest
 from dist_train.checkpoint.outbox import write_into
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.tensor_file import DTYPE_NAMES, Part, lay_out
+from dist_train.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Part, lay_out
+from dist_train.errors import ConfigError
 
 OnBytes = Callable[[int], None]
 MODEL_FILE = "model.safetensors"
+BLOCK_BYTES = 64 << 20
 _PREFIX = "model/"
 
 
@@ -41,6 +47,18 @@ def weight_parts(manifest: Manifest, reader: CheckpointReader) -> list[Part]:
             if full in manifest.tensors:
                 parts.append(_part(reader, full, f"{name}.{key}" if name else key))
     return parts
+
+
+def adapter_parts(manifest: Manifest, reader: CheckpointReader, config: Mapping[str, Any]) -> list[Part]:
+    """What goes into PEFT's file. What is tied is written once for each of its names, as PEFT does it.
+
+    Raises:
+        ConfigError: see `name_adapters`.
+    """
+    models = [keys for keys in model_tensors(manifest).values() if has_adapter(keys)] or [{}]
+    if len(models) > 1:
+        raise ConfigError(f"{len(models)} models of the checkpoint have adapters; PEFT's folder has exactly one.")
+    return [_part(reader, models[0][key], name) for name, key in name_adapters(models[0], config).items()]
 
 
 def tied_keys(manifest: Manifest) -> dict[str, str]:
@@ -65,8 +83,8 @@ def write_weights(
     file.write(layout.header)
     for part in layout.parts:
         if part.num_bytes:
-            file.write(_bytes_of(reader.create(part.name, torch.device("cpu"))))
-            on_bytes(part.num_bytes)
+            for offsets, sizes in blocks(part, BLOCK_BYTES):  # no name is given to one: it would live beside the next
+                on_bytes(file.write(_bytes_of(reader.read_box(part.name, offsets, sizes))))
 
 
 def write_shards(
@@ -99,6 +117,20 @@ def split_shards(parts: Iterable[Part], max_shard_bytes: int) -> list[list[Part]
         shards[-1].append(part)
         filled += part.num_bytes
     return shards
+
+
+def blocks(part: Part, most_bytes: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes) of boxes that are one after the other in a whole tensor's row-major bytes."""
+    item_bytes, shape = DTYPES[part.dtype].itemsize, part.sizes
+    if part.num_bytes <= most_bytes:
+        yield part.offsets, shape
+        return
+    dim = next(dim for dim in range(len(shape)) if math.prod(shape[dim + 1 :]) * item_bytes <= most_bytes)
+    step = most_bytes // (math.prod(shape[dim + 1 :]) * item_bytes)
+    for outer in itertools.product(*map(range, shape[:dim])):
+        for low in range(0, shape[dim], step):
+            sizes = (*(1,) * dim, min(step, shape[dim] - low), *shape[dim + 1 :])
+            yield (*outer, low, *part.offsets[dim + 1 :]), sizes
 
 
 def _part(reader: CheckpointReader, full: str, key: str) -> Part:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dist_train.checkpoint.archive import Packed
     from dist_train.checkpoint.exchange import Exported
 
+_CONFIG = {"hf": "config.json", "peft": "adapter_config.json"}
+"""What from_pretrained needs beside the weights, by format."""
 _FRESH = {
     "optimizer": "no optimizer state: it starts fresh",
     "scheduler": "no scheduler state: it starts fresh",
@@ -39,8 +41,9 @@ def _add_export(add: AddCommand) -> None:
     one = add("export", _export, "Write a checkpoint for other programs: .pth, safetensors, a Hugging Face folder.")
     which = "latest, best, epoch:N, step:N or a path; the best if there is one, else the latest"
     one.add_argument("which", nargs="?", type=selector, metavar="WHICH", help=which)
-    formats = "pth: a dictionary of torch.save (the default); safetensors: the weights; hf: a folder of them"
-    one.add_argument("--format", choices=("pth", "safetensors", "hf"), default="pth", help=formats)
+    formats = "pth: a dictionary of torch.save (the default); safetensors: the weights; hf: a folder of them, with "
+    formats += "the run's attached files, for from_pretrained; peft: the same of an adapter, for PeftModel"
+    one.add_argument("--format", choices=("pth", "safetensors", "hf", "peft"), default="pth", help=formats)
     one.add_argument("--to", metavar="PATH", help="file or folder to be written; RUN-WHICH.pth here by default")
     one.add_argument("--weights-only", action="store_true", help="without the state of optimizer, scheduler, scaler")
     shards = "largest file of --format hf; 5GB by default"
@@ -144,9 +147,21 @@ def _export_lines(done: Exported) -> list[str]:
         lines.append(f"Not in it: {', '.join(done.left_out)}")
     if done.format == "pth":
         lines.append(f"Load it with torch.load({done.path!r}, weights_only=True)")
-    if done.format == "hf":
-        lines.append("For from_pretrained, copy config.json (and the tokenizer's files) of the model beside it")
+    if done.attached:
+        lines.append(f"Beside the weights, as attached to the run: {', '.join(done.attached)}")
+    if done.format in _CONFIG:
+        lines.append(_publishing_line(done))
     return lines
+
+
+def _publishing_line(done: Exported) -> str:
+    config = _CONFIG[done.format]
+    if config not in done.attached:
+        copied = f"For from_pretrained, copy {config} (and the tokenizer's files) of the model beside it"
+        return f"{copied}; run.attach(model, tokenizer) has them go along by themselves"
+    if done.format == "peft":
+        return f"Load it with PeftModel.from_pretrained(base_model, {done.path!r})"
+    return f"Load it with AutoModel.from_pretrained({done.path!r}), or the class for its task"
 
 
 def _import_lines(source: str, done: Adopted) -> list[str]:

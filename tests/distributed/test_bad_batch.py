@@ -53,6 +53,13 @@ def test_a_bad_batch_on_one_rank_is_gone_back_from_and_left_out(tmp_path: Path, 
     assert_same_end(run_dir, reference)
 
 
+def test_a_sharded_model_goes_back_from_a_bad_batch_of_one_rank(tmp_path: Path) -> None:
+    for name, option, value in (("knew", "--left-out", FIRST), ("run", "--bad", BAD)):
+        arguments = [str(tmp_path / name), option, str(value), "--sharding", "fsdp"]
+        run_script(2, SCRIPT, *arguments, deadline_seconds=LIFE_SECONDS)
+    assert_same_end(tmp_path / "run", tmp_path / "knew")
+
+
 def test_kills_between_the_decision_and_the_end_forget_nothing(tmp_path: Path, reference: Path) -> None:
     """Of one rank while the checkpoint is being loaded that is gone back to, and of the other one later."""
     run_dir = tmp_path / "run"

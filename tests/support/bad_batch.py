@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument("run_dir")
     parser.add_argument("--bad", type=int, default=-1)
     parser.add_argument("--left-out", type=int, default=-1)
+    parser.add_argument("--sharding", default="none")
     args = parser.parse_args()
     if args.left_out >= 0:
         leave_out(args.left_out)
@@ -80,6 +81,7 @@ def main() -> int:
             max_grad_norm=1.0,
             log_every_steps=1,
             cpu=True,
+            sharding=args.sharding,
             checkpoint=dt.CheckpointPolicy(every_steps=3, every_epochs=1),
             health=dt.HealthPolicy(not_finite="roll_back", clean_steps=4),
         ),

@@ -116,6 +116,17 @@ def test_an_object_that_saves_itself_and_a_model_with_a_config(tmp_path: Path) -
     assert "architectures" not in vars(Small().config)
 
 
+def test_a_set_has_one_order_whatever_the_process(tmp_path: Path) -> None:
+    class Adapter(Settings):
+        def save_pretrained(self, folder: str) -> None:
+            (Path(folder) / "adapter_config.json").write_text(json.dumps(list(vars(self)["targets"])))
+
+    item = Adapter()
+    item.targets = {"c_proj", "c_attn", "c_fc", "wte"}  # type: ignore[attr-defined]
+    assert json.loads(read_attached([item])["adapter_config.json"].data) == ["c_attn", "c_fc", "c_proj", "wte"]
+    assert isinstance(item.targets, set)  # type: ignore[attr-defined]
+
+
 def test_the_trainer_attaches(config: Path, tmp_path: Path) -> None:
     model = Small()
     Trainer(

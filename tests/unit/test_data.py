@@ -144,8 +144,26 @@ def test_evaluation_shards_hold_each_sample_exactly_once(num_samples: int, batch
     sizes = [sum(shard.batch_sizes()) for shard in shards]
     assert max(sizes) - min(sizes) <= 1
     for shard in shards:
-        assert shard.batch_sizes() == [len(batch) for batch in shard]
-        assert len(shard) == len(shard.batch_sizes())
+        assert [size for size in shard.batch_sizes() if size] == [len(batch) for batch in shard]
+        assert len(shard) == len(list(shard))
+        assert max(shard.batch_sizes()) <= batch_size
+
+
+@few
+@given(num_samples=st.integers(1, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 9))
+def test_evaluation_has_as_many_batches_on_every_rank(num_samples: int, batch_size: int, world_size: int) -> None:
+    shards = [
+        ShardSampler(num_samples, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    for batches in zip(*(shard.batch_sizes() for shard in shards), strict=True):
+        assert max(batches) - min(batches) <= 1
+        assert min(batches) > 0 or batch_size == 1 or num_samples < world_size
+    for shard in shards:
+        shard.fills = True
+        assert len(shard) == len(list(shard)) == len(shard.batch_sizes())
+        for size, batch in zip(shard.batch_sizes(), shard, strict=True):
+            assert len(batch) == max(size, 1)
+            assert all(0 <= key.index < num_samples for key in batch)
 
 
 # --- Loaders ---------------------------------------------------------------------------------------------------------
@@ -254,7 +272,7 @@ def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "3")
     sampler = data_loader(Augmented(), global_batch_size=9).batch_sampler
     assert (sampler.rank, sampler.world_size) == (2, 3)
-    assert [len(batch) for batch in evaluation_loader(Augmented(), batch_size=5)] == [5, 2]
+    assert [len(batch) for batch in evaluation_loader(Augmented(), batch_size=5)] == [4, 3]
 
 
 def test_evaluation_gives_each_sample_once_the_same_on_any_world_size() -> None:

@@ -270,7 +270,7 @@ def test_a_folder_of_transformers_trainer(epoch: float, notes: list[str], tmp_pa
     assert foreign.facts == {"epochs_completed": int(epoch), "global_step": 30, "eval_loss": 0.5}
     assert differences(old["optimizer_state_dict"], foreign.optimizers[""]) == []
     assert [note.partition(", which")[0] for note in foreign.notes if "middle" in note] == notes
-    assert "not taken: config.json" in foreign.notes
+    assert foreign.attached == [str(tmp_path / "config.json")]
 
 
 def test_weights_in_bin_files_and_their_index(tmp_path: Path) -> None:

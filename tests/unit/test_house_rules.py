@@ -45,6 +45,9 @@ LEVEL_OF_MODULE = {
     "state": PARTS,
     "model_state": PARTS,
     "optimizer_state": PARTS,
+    "partial": PARTS,
+    "exclusion": PARTS,
+    "registered": PARTS,
     "rate_meter": PARTS,
     "rates": PARTS,
     "schedule": PARTS,
@@ -56,6 +59,8 @@ LEVEL_OF_MODULE = {
     "environment": PARTS,
     "differences": PARTS,
     "replicas": PARTS,
+    "fully_sharded": PARTS,
+    "sharding": RUN,  # beside `run`: both know Accelerate
     "agreement": PARTS,
     "feed": PARTS,
     "console": PARTS,
@@ -121,7 +126,8 @@ WITHOUT_TORCH = ["", "cli"]
 HEAVY = ["torch", "numpy", "accelerate", "safetensors", "xxhash"]
 
 RUNS_CODE_ON_LOAD = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-IMPORTERS_OF_ACCELERATE = {"world", "run", "trainer"}
+# "sharding" makes an Accelerator, for loops of one's own and for the Trainer.
+IMPORTERS_OF_ACCELERATE = {"world", "run", "trainer", "sharding"}
 # .pth goes in and out here: torch.save, and torch.load with a literal weights_only=True.
 EXCHANGE = "checkpoint.exchange"
 
