@@ -216,6 +216,9 @@ class ForeignWeights:
     def is_sharded(self, name: str) -> bool:
         return False
 
+    def own_name(self, name: str) -> str:
+        return name
+
     def fill(self, name: str, target: torch.Tensor) -> None:
         value = self._tensors[name]
         with torch.no_grad():

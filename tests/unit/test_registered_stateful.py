@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,6 @@ def test_names_that_meant_one_tensor_and_mean_two_now_get_their_own_values(tmp_p
     [
         pytest.param(len, "builtin_function_or_method", id="a function"),
         pytest.param(nn.Linear(1, 1), "torch.nn.modules.linear.Linear", id="a module"),
-        pytest.param(deque([1]), "collections.deque", id="a deque"),
         pytest.param(torch.ones(2).to_sparse(), "layout torch.sparse_coo", id="a sparse tensor"),
         pytest.param(torch.ones(2, device="meta"), "on the meta device", id="a meta tensor"),
         pytest.param(np.array([object()]), "numpy.ndarray", id="an array of objects"),
