@@ -212,11 +212,9 @@ class ParameterWatch:
         """Raises ConfigError for an optimizer's parameters that no checkpoint would hold."""
         kept = {storage_key(one) for one in [*capture.tensors.values(), *capture.per_rank.values()]}
         modules = [one for one in registered.values() if isinstance(one, nn.Module)]
-        kept |= {storage_key(p.detach()) for module in [*self._models.values(), *modules] for p in module.parameters()}
+        kept |= {storage_key(p) for module in [*self._models.values(), *modules] for p in module.parameters()}
         for name, optimizer in self._optimizers.items():
-            lost = [
-                p for group in optimizer.param_groups for p in group["params"] if storage_key(p.detach()) not in kept
-            ]
+            lost = [p for group in optimizer.param_groups for p in group["params"] if storage_key(p) not in kept]
             if lost:
                 shapes = _some([str(list(p.shape)) for p in lost])
                 raise ConfigError(

@@ -6,7 +6,7 @@ Invariant: names are those of the innermost module's state_dict, whatever wraps 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -88,7 +88,7 @@ def capture_model(
     buffers = {clean_name(name) for name, _ in model.named_buffers()}
     seen: dict[Any, str] = {}
     extra: dict[str, Any] = {}
-    for raw, value in model.state_dict().items():
+    for raw, value in _members(model):
         name = clean_name(raw)
         full = f"{place}/{name}"
         if is_excluded(full, value):
@@ -101,7 +101,7 @@ def capture_model(
         if (first := seen.setdefault(storage_key(value), full)) != full:
             capture.aliases[full] = first
             continue
-        capture.tensors[full] = value.detach()
+        capture.tensors[full] = _detached(value)
         if name in buffers and not isinstance(value, DTensor):
             capture.main_only.add(full)
             if own_buffers:
@@ -192,8 +192,19 @@ def tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Ite
 
 
 def tied_names(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
-    members = model.state_dict().items()
-    return group_tied((clean_name(raw), value) for raw, value in members if not _is_extra(raw, value))
+    return group_tied((clean_name(raw), value) for raw, value in _members(model) if not _is_extra(raw, value))
+
+
+def _members(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """The state_dict with the parameters themselves; see `_detached`."""
+    members: Iterable[tuple[str, Any]] = model.state_dict(keep_vars=True).items()
+    return members
+
+
+def _detached(value: torch.Tensor) -> torch.Tensor:
+    """On a rank that its mesh leaves out a DTensor is made anew by `detach`, and no longer shows what it is."""
+    is_elsewhere = isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None
+    return value if is_elsewhere else value.detach()
 
 
 def fit_model(model: nn.Module, place: str, source: TensorSource, excluded: Collection[str] = ()) -> Fit:

@@ -19,6 +19,7 @@ from dist_train.errors import StateMismatchError
 from dist_train.exclusion import EXCLUDE, Exclusion, absent_names
 from dist_train.fingerprints import fingerprints
 from dist_train.fully_sharded import drop_unreduced_gradients, reshard
+from dist_train.local_state import compare_apart, set_apart
 from dist_train.model_state import (
     Fit,
     capture_model,
@@ -120,6 +121,7 @@ class LiveState:
         for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
+            set_apart(capture, place, optimizer, names)
         for place, one in self._plain_objects():
             if isinstance(one, EachRank):
                 one.capture(place, capture)
@@ -384,6 +386,7 @@ class LiveState:
                 problems += self._tolerance.compare_groups(optimizer, place, names, saved_groups)
             else:
                 problems += compare_groups(optimizer, place, names, saved_groups)
+            problems += compare_apart(optimizer, place, names, source, state[place])
         missing = [name for name in self.registered if f"user/{name}" not in state and "user" not in absent]
         problems += [f"the checkpoint holds nothing for the registered {name!r}" for name in missing]
         for name, one in self.registered.items():

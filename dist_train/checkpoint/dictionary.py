@@ -18,6 +18,7 @@ import torch
 from dist_train.checkpoint.manifest import IMPORTED, Manifest
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.weight_files import model_tensors
+from dist_train.errors import ConfigError
 from dist_train.tree import decode
 
 Json = Any
@@ -87,6 +88,12 @@ def _model_states(manifest: Manifest, reader: CheckpointReader) -> dict[str, dic
 
 def _optimizer_state(json: Json, reader: CheckpointReader) -> dict[str, Any]:
     """torch's own form: parameters are numbered through all groups."""
+    if apart := json.get("apart"):
+        name = next(iter(apart))
+        raise ConfigError(
+            f"The optimizer kept plain values of each rank for its own part of {name} (and {len(apart) - 1} other "
+            f"parameters), which no single dictionary can hold. Export the weights alone."
+        )
     numbers: dict[str, int] = {}
     groups = []
     for group in json["groups"]:

@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from dist_train.checkpoint import paging
 from dist_train.checkpoint.boxes import boxes_of, local_part, region_of
@@ -89,6 +89,11 @@ class CheckpointReader:
         own = own_name(name, self._rank)
         return own if own in self._manifest.tensors else name
 
+    def own_names(self, name: str) -> list[str]:
+        """Of every rank's own value, where every rank's was kept."""
+        owned = [own_name(name, rank) for rank in range(self._manifest.world_size)]
+        return [own for own in owned if own in self._manifest.tensors]
+
     def fill(self, name: str, target: torch.Tensor) -> None:
         """Overwrites a live tensor (or this rank's part of a DTensor) with the stored values."""
         shape, dtype = self.describe(name)
@@ -104,14 +109,22 @@ class CheckpointReader:
             self.fill_box(name, target.detach(), (0,) * len(shape), shape)
 
     def create(self, name: str, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor:
-        """A new tensor with the stored values and memory order; sharded as `like` where the shapes are equal."""
+        """A new tensor with the stored values and memory order.
+
+        Args:
+            like: a parameter whose state it is. Where that is a DTensor, so is this: sharded alike if it is of the same
+                shape, else (sums over rows) a replica on each rank; not so a lone number, or what is this rank's own.
+        """
         shape, dtype = self.describe(name)
-        if isinstance(like, DTensor) and tuple(like.shape) == shape:
+        if isinstance(like, DTensor) and tuple(like.shape) == shape and not self._is_own(name):
             created = torch.empty_like(like, dtype=dtype, device=device)
         else:
             order = self._manifest.tensors[self._resolve(name)].order or list(range(len(shape)))
             laid = torch.empty([shape[dim] for dim in order], dtype=dtype, device=device)
             created = laid.permute(sorted(range(len(order)), key=order.__getitem__))
+            if isinstance(like, DTensor) and created.numel() > 1 and not self._is_own(name):
+                mesh = like.device_mesh
+                created = DTensor.from_local(created, mesh, [Replicate()] * mesh.ndim, run_check=False)
         self.fill(name, created)
         return created.detach()
 
@@ -138,7 +151,17 @@ class CheckpointReader:
         return num_bytes
 
     def _resolve(self, name: str) -> str:
-        return self._manifest.aliases.get(name, name)
+        """Where a tensor is stored: a tied one under another name, one without a common value under this rank's own (or
+        the main rank's, which is as good where such a value may be given to other ranks at all).
+        """
+        stored = self._manifest.aliases.get(name, name)
+        if stored in self._manifest.tensors:
+            return stored
+        owned = (own_name(stored, rank) for rank in (self._rank, 0))
+        return next((own for own in owned if own in self._manifest.tensors), stored)
+
+    def _is_own(self, name: str) -> bool:
+        return self._resolve(name) not in (name, self._manifest.aliases.get(name))
 
     def fill_box(self, name: str, target: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
         """Overwrites a tensor of these sizes with a box of the stored one; another dtype is converted."""

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_train.health.policy import HealthPolicy
 from dist_train.health.spikes import spike_limit
@@ -390,8 +391,9 @@ def _local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     """What this rank holds, dense and real, and the mesh dimensions over which the rest is spread."""
     meshes: list[Any] = []
     if isinstance(tensor, DTensor):
-        places = enumerate(tensor.placements)
-        meshes = [(tensor.device_mesh, dim) for dim, place in places if isinstance(place, Shard)]
+        mesh, places = tensor.device_mesh, enumerate(tensor.placements)
+        if mesh.get_coordinate() is not None:  # a rank that the mesh leaves out holds nothing, and has no part in it
+            meshes = [(mesh, dim) for dim, place in places if isinstance(place, (Shard, _StridedShard))]
         tensor = tensor.to_local()
     tensor = tensor.detach()
     if tensor.is_sparse:

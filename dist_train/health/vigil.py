@@ -157,9 +157,9 @@ class Vigil:
 
     def _keep(self) -> None:
         while (pipe := self._pipe) is not None:
-            ready, _, _ = select.select(
-                [pipe[0]], [], [], _IDLE_SECONDS if self._told.signal is None else _POLL_SECONDS
-            )
+            poller = select.poll()  # select() knows no file descriptor beyond 1023, and a job may have more open
+            poller.register(pipe[0], select.POLLIN)
+            ready = poller.poll(1000 * (_IDLE_SECONDS if self._told.signal is None else _POLL_SECONDS))
             for number in os.read(pipe[0], 64) if ready else b"":
                 self.hear(number)
             if why := self.find_reason():

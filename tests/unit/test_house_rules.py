@@ -47,6 +47,7 @@ LEVEL_OF_MODULE = {
     "state": PARTS,
     "model_state": PARTS,
     "optimizer_state": PARTS,
+    "local_state": PARTS,
     "partial": PARTS,
     "exclusion": PARTS,
     "registered": PARTS,
