@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_train.checkpoint.dcp_reader import StorageReader
+    from dist_train.checkpoint.dcp_writer import StorageWriter
     from dist_train.checkpoint.inference import load_model
     from dist_train.checkpoint.policy import CheckpointPolicy
     from dist_train.data import data_loader, evaluation_loader
@@ -39,6 +41,8 @@ _HOMES = {
     "RunOptions": "options",
     "SMAPE": "metrics",
     "StopReason": "errors",
+    "StorageReader": "checkpoint.dcp_reader",
+    "StorageWriter": "checkpoint.dcp_writer",
     "TrainConfig": "trainer",
     "TrainResult": "trainer",
     "Trainer": "trainer",
@@ -64,6 +68,8 @@ __all__ = [
     "Run",
     "RunOptions",
     "StopReason",
+    "StorageReader",
+    "StorageWriter",
     "TrainConfig",
     "TrainResult",
     "Trainer",

@@ -16,7 +16,7 @@ from dist_train.capture import Capture
 from dist_train.differences import Differences
 from dist_train.each_rank import EachRank
 from dist_train.errors import StateMismatchError
-from dist_train.exclusion import EXCLUDE, Exclusion
+from dist_train.exclusion import EXCLUDE, Exclusion, absent_names
 from dist_train.fingerprints import fingerprints
 from dist_train.fully_sharded import drop_unreduced_gradients, reshard
 from dist_train.model_state import (
@@ -112,7 +112,7 @@ class LiveState:
 
     def capture(self) -> Capture:
         """Raises UnsaveableStateError, naming the object."""
-        reshard(self.models.values())
+        self._reshard()
         capture = Capture()
         for name, model in self.models.items():
             capture_model(model, _place("model", name), capture, self._own_buffers, self._exclusion.leaves_out)
@@ -147,13 +147,14 @@ class LiveState:
             StateMismatchError: lists what differs; nothing was loaded.
             ConfigError: a changed schedule is shorter than the run already is; no tensor was loaded.
         """
-        reshard(self.models.values())
+        self._reshard()
         told = Differences()
         fit = self._fit_models(source, everything=True)
         loading = self._require_same_structure(state, settings, source, absent, fit)
         state, settings = self._fit_optimizers(state, settings, loading)
         told.tell_absent([kind for kind in absent if self._has(kind)])
-        told.notes += self._tell(fit, loading, settings, source)
+        told.notes += tell(fit, loading, self.models) + self._exclusion.compare(settings.get(EXCLUDE), source)
+        told.notes += self._tell_idle(fit, settings, source)
         self._restore_rates(state, settings, source, absent, global_step, told)
         self._restore_models(state, source, loading)
         if self.scaler is not None and state.get("scaler"):
@@ -193,11 +194,15 @@ class LiveState:
         Raises:
             StateMismatchError: lists what differs; nothing was loaded.
         """
-        fit = self._fit_models(source)
+        self._reshard()
+        absent = absent_names(settings.get(EXCLUDE))
+        fit = self._fit_models(source, absent)
         self._refuse(self._tolerance.refuse(fit), fit)
         loading = self._tolerance.begin(fit)
+        notes = tell(fit, loading, self.models) + self._exclusion.compare_absent(settings.get(EXCLUDE))
+        loading.left_alone |= absent
         self._restore_models(state, source, loading)
-        return self._tell(fit, loading, settings, source)
+        return notes + self._tell_idle(fit, settings, source)
 
     def _restore_models(self, state: Mapping[str, Json], source: TensorSource, loading: Loading) -> None:
         for place, model in self._by_place().items():
@@ -326,6 +331,10 @@ class LiveState:
             settings[_PARTIAL] = list(self._tolerance.patterns)
         return {**settings, **self._exclusion.describe()}
 
+    def _reshard(self) -> None:
+        """What an evaluation has left gathered; registered modules may be sharded, too."""
+        reshard([*self.models.values(), *(one for one in self.registered.values() if isinstance(one, nn.Module))])
+
     def _by_place(self) -> dict[str, nn.Module]:
         return {_place("model", name): model for name, model in self.models.items()}
 
@@ -338,14 +347,15 @@ class LiveState:
 
     # How a checkpoint fits
 
-    def _fit_models(self, source: TensorSource, *, everything: bool = False) -> Fit:
+    def _fit_models(self, source: TensorSource, without: Collection[str] = (), *, everything: bool = False) -> Fit:
         """
         Args:
+            without: full names of what need not be there.
             everything: a model that is in the checkpoint alone counts, too.
         """
         fit = Fit()
         for place, model in self._by_place().items():
-            fit.add(fit_model(model, place, source, self._exclusion.names))
+            fit.add(fit_model(model, place, source, self._exclusion.names | set(without)))
         if everything and "" not in self.models:
             places = tuple(f"{place}/" for place in self._by_place())
             known = [name for name in source.names("model/") if not name.startswith(places)]
@@ -382,7 +392,7 @@ class LiveState:
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
                 problems += compare_registered(one, place, state[place], source)
-        self._refuse(problems, fit)
+        self._refuse(problems, fit, settings)
         return loading
 
     def _compare_new_optimizer(self, optimizer: Any, place: str, loading: Loading) -> list[str]:
@@ -391,10 +401,14 @@ class LiveState:
         own = {name for group in optimizer.param_groups for name in member_names(0, group, names)}
         return [] if own <= loading.fresh else [f"the checkpoint holds no {place}"]
 
-    def _refuse(self, problems: list[str], fit: Fit) -> None:
-        if problems:
-            more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise StateMismatchError("; ".join(problems[:8]) + more, hint=self._tolerance.suggest(fit))
+    def _refuse(self, problems: list[str], fit: Fit, settings: Mapping[str, Json] | None = None) -> None:
+        if not problems:
+            return
+        more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        then = (settings or {}).get(EXCLUDE)
+        again = f" It was saved with exclude={tuple(then['patterns'])!r}: give that again to go on." if then else ""
+        hint = (again if absent_names(then) & set(fit.missing) else "") + self._tolerance.suggest(fit)
+        raise StateMismatchError("; ".join(problems[:8]) + more, hint=hint)
 
     def _fit_optimizers(
         self, state: Mapping[str, Json], settings: Mapping[str, Json], loading: Loading
@@ -411,13 +425,12 @@ class LiveState:
                 state[place], settings[place] = fitted
         return state, settings
 
-    def _tell(self, fit: Fit, loading: Loading, settings: Mapping[str, Json], source: TensorSource) -> list[str]:
-        """Of what was not loaded, and of patterns that changed nothing where the run that saved did not have them."""
-        notes = tell(fit, loading, self.models) + self._exclusion.compare(settings.get(EXCLUDE), source)
+    def _tell_idle(self, fit: Fit, settings: Mapping[str, Json], source: TensorSource) -> list[str]:
+        """Of patterns that match nothing; once a run that had them has saved, nothing is left for them to match."""
         idle = self._tolerance.unmatched(fit, source.names("model/"))
-        if idle and tuple(settings.get(_PARTIAL, ())) != self._tolerance.patterns:
-            notes.append(f"{self._tolerance.shown}: {some(idle)} matches no tensor, here or in the checkpoint.")
-        return notes
+        if not idle or tuple(settings.get(_PARTIAL, ())) == self._tolerance.patterns:
+            return []
+        return [f"{self._tolerance.shown}: {some(idle)} matches no tensor, here or in the checkpoint."]
 
 
 def by_name(objects: Any) -> dict[str, Any]:

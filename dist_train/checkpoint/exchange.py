@@ -3,16 +3,15 @@
     export    a run's checkpoint, verified -> a .pth dictionary | a .safetensors file | Hugging Face's folder | PEFT's
     import    `foreign` (whose files are they?) -> `adoption` (a new run with one committed checkpoint)
 
-Invariant: the one module that calls `torch.save` and `torch.load`; what is loaded is never executed: weights_only, with
-numpy's plain numbers and arrays besides. An export appears whole or not at all, and changes nothing in the run.
+Invariant: the one module that calls `torch.save` and `torch.load` on files; what is loaded is never executed:
+weights_only, with numpy's plain numbers and arrays besides. An export appears whole or not at all, and changes nothing
+in the run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-import numpy as np
 import torch
 from torch.serialization import safe_globals
 
@@ -33,6 +31,7 @@ from dist_train.checkpoint.foreign import ImportOptions, read_foreign
 from dist_train.checkpoint.inference import files_for_inference, find_checkpoint, list_all_files, open_whole
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.outbox import new_file, new_folder, require_new, write_into
+from dist_train.checkpoint.plain_values import REFUSED, plain_numpy
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.selection import best_or_latest, open_run
@@ -55,7 +54,6 @@ SHARD_BYTES = 5_000_000_000
 """Hugging Face's own default."""
 _LEFT_OUT = ["the state of the optimizer, scheduler and scaler", "the base model"]
 _HEADER_BYTES = 1 << 20
-_REFUSED = re.compile(r"(?:GLOBAL|Unsupported (?:global|class|operand)[^`]*?)\s*`?([\w.]+\.\w+)`?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +172,7 @@ def load_dictionary(path: str) -> Any:
         CorruptCheckpointError: no such file or a damaged one, or one that wants code to be run.
     """
     try:
-        with safe_globals(_plain_numpy()), warnings.catch_warnings():
+        with safe_globals(plain_numpy()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -188,19 +186,6 @@ def load_dictionary(path: str) -> Any:
         raise CorruptCheckpointError(_why_not_loaded(path, error), path) from error
 
 
-def _plain_numpy() -> list[Any]:
-    """Makers of plain values that a metric or a list of arguments often is: they hold data and run nothing."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]
-    made = [
-        (function, f"numpy.{room}.multiarray.{name}")
-        for name in ("scalar", "_reconstruct")
-        for function in [getattr(multiarray, name)]
-        for room in ("core", "_core")
-    ]
-    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFD"}
-    return [*made, np.dtype, np.ndarray, *kinds, argparse.Namespace]
-
-
 def _why_not_loaded(path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "weights_only" not in text and "Weights only" not in text:
@@ -208,7 +193,7 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         if isinstance(error, OSError):  # a seek before its beginning: the number of the error helps nobody
             why = "it ends too early"
         return f"{path} cannot be read as a file of torch.save ({why}). It is damaged, cut short or of another kind."
-    match = _REFUSED.search(text)
+    match = REFUSED.search(text)
     what = f"{match[1]}, which is code of a library or script" if match else "something that is not plain data"
     return (
         f"{path} was not loaded: it wants {what}, and loading that would run it; nothing was executed. If you trust "

@@ -22,6 +22,9 @@ from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.tensor_file import DTYPES, Part, read_layout
 from dist_train.errors import CorruptCheckpointError, StateMismatchError
 
+_MAPPED_AT_ONCE_BYTES = 1 << 20
+"""What the kernel may map around the first byte that is touched: a part counts as no less."""
+
 
 class CheckpointReader:
     """Random access to the tensors of one checkpoint; implements `state.TensorSource`."""
@@ -31,6 +34,7 @@ class CheckpointReader:
         self._manifest = manifest
         self._rank = rank
         self._maps: list[mmap.mmap] = []
+        self._file_names: dict[int, str] = {}
         self._read_bytes = 0
         self._parts: dict[str, list[tuple[mmap.mmap, Part]]] = {}
         self.on_bytes: Callable[[int], None] = lambda count: None
@@ -47,6 +51,7 @@ class CheckpointReader:
 
     def _index(self, data: mmap.mmap, name: str) -> None:
         self._maps.append(data)
+        self._file_names[id(data)] = name
         group = name.split("-", 1)[0]
         for _, part in read_layout(data, f"{self._path}/{name}"):
             full = full_name(group, part.key) if part.whole else part.name
@@ -67,6 +72,14 @@ class CheckpointReader:
         entry = self._manifest.tensors[self._resolve(name)]
         return tuple(entry.shape), DTYPES[entry.dtype]
 
+    def parts(self, name: str) -> list[tuple[str, Part]]:
+        """The boxes that a tensor is stored in, each with the name of its file."""
+        return [(self._file_names[id(data)], part) for data, part in self._parts.get(self._resolve(name), [])]
+
+    def files_with(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[str]:
+        """The files that hold something of a box of a tensor."""
+        return [file for file, part in self.parts(name) if _overlap(part, offsets, sizes) is not None]
+
     def is_sharded(self, name: str) -> bool:
         """Whether it was saved in several parts."""
         return len(self._parts.get(self._resolve(name), [])) > 1
@@ -86,9 +99,9 @@ class CheckpointReader:
             local = local_part(target)
             for box in boxes_of(name, target):
                 region = region_of(local, box.local_offsets, box.sizes)
-                self._fill_box(name, region, box.offsets, box.sizes)
+                self.fill_box(name, region, box.offsets, box.sizes)
         else:
-            self._fill_box(name, target.detach(), (0,) * len(shape), shape)
+            self.fill_box(name, target.detach(), (0,) * len(shape), shape)
 
     def create(self, name: str, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor:
         """A new tensor with the stored values and memory order; sharded as `like` where the shapes are equal."""
@@ -115,7 +128,7 @@ class CheckpointReader:
     def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """A part of a tensor, on the CPU, whatever files hold its bytes: no more memory than the part takes."""
         box = torch.empty(sizes, dtype=self.describe(name)[1])
-        self._fill_box(name, box, offsets, sizes)
+        self.fill_box(name, box, offsets, sizes)
         return box
 
     def forget(self, name: str) -> int:
@@ -127,7 +140,8 @@ class CheckpointReader:
     def _resolve(self, name: str) -> str:
         return self._manifest.aliases.get(name, name)
 
-    def _fill_box(self, name: str, target: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    def fill_box(self, name: str, target: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        """Overwrites a tensor of these sizes with a box of the stored one; another dtype is converted."""
         filled = 0
         for data, part in self._parts[self._resolve(name)]:
             overlap = _overlap(part, offsets, sizes)
@@ -153,7 +167,7 @@ class CheckpointReader:
 
         Small tensors too, once they come to something: a model may have nothing but small ones.
         """
-        self._read_bytes += num_bytes
+        self._read_bytes += max(num_bytes, _MAPPED_AT_ONCE_BYTES)
         if self._read_bytes >= paging.PIECE_BYTES:
             self._read_bytes = 0
             for data in self._maps:

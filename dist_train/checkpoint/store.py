@@ -8,13 +8,15 @@ It decides nothing: what to write and when is the business of the callers.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from dist_train.errors import StorageError
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 8 << 20
 DIRECT_ALIGNMENT = 4096
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Operation:
     """One primitive change, told before it happens."""
 
     kind: str
-    """create, open, write, truncate, fsync, fsync_dir, rename, mkdir, unlink, rmdir, symlink."""
+    """create, open, write, truncate, fsync, fsync_dir, rename, exchange, mkdir, unlink, rmdir, symlink."""
     path: str
     """Relative to the root; absolute for the root and the directories above it."""
     target: str = ""
@@ -197,17 +201,33 @@ class Store:
             image: page-aligned, at least `length` rounded up to 4096 bytes long.
             on_chunk: called with each chunk once, in order (digests on the way).
         """
+        starts = range(0, length, CHUNK_BYTES)
+        chunks = ((image[start : _round_up(start + CHUNK_BYTES)], min(CHUNK_BYTES, length - start)) for start in starts)
+        self.write_chunks(path, chunks, on_chunk)
+
+    def write_chunks(
+        self, path: str, chunks: Iterable[tuple[memoryview, int]], on_chunk: Callable[[memoryview], None]
+    ) -> None:
+        """Streams chunks into a new file and fsyncs it.
+
+        Args:
+            chunks: (memory, length): page-aligned, as long as `length` rounded up to 4096 bytes or longer; every
+                length but the last is a multiple of 4096. A chunk is written before the next one is asked for, which
+                may thus lie in the same memory.
+            on_chunk: as in `write_image`.
+        """
         full = self._before("create", path)
         descriptor = self._open_image(full)
+        written = 0
         try:
-            for start in range(0, length, CHUNK_BYTES):
-                stop = min(start + CHUNK_BYTES, length)
-                on_chunk(image[start:stop])
+            for memory, length in chunks:
+                on_chunk(memory[:length])
                 self._before("write", path)
-                self._write_chunk(descriptor, image[start : _round_up(stop)], start, stop - start)
+                self._write_chunk(descriptor, memory[: _round_up(length)], written, length)
+                written += length
             # O_DIRECT writes whole blocks: the padded tail is cut before fsync, or safetensors rejects the file.
             self._before("truncate", path)
-            os.ftruncate(descriptor, length)
+            os.ftruncate(descriptor, written)
             self._sync(descriptor, path)
         finally:
             os.close(descriptor)
@@ -277,6 +297,19 @@ class Store:
     def rename(self, source: str, target: str) -> None:
         os.rename(self._before("rename", source, target), self.root / target)
 
+    def exchange(self, source: str, target: str) -> bool:
+        """Swaps two names at once; False, and nothing done, where the platform or file system cannot."""
+        rename = getattr(_libc(), "renameat2", None)
+        if rename is None:
+            return False
+        one, other = os.fsencode(self._before("exchange", source, target)), os.fsencode(self.root / target)
+        if rename(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
+            return False
+        raise OSError(code, os.strerror(code), os.fsdecode(one), None, os.fsdecode(other))
+
     def unlink(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._before("unlink", path))
@@ -320,6 +353,14 @@ class Store:
 def is_out_of_space(error: BaseException) -> bool:
     """Whether an error means that a disk or quota is full."""
     return isinstance(error, OSError) and error.errno in NO_SPACE
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    """The C library, where this platform lets one in."""
+    with contextlib.suppress(OSError, TypeError):
+        return ctypes.CDLL(None, use_errno=True)
+    return None
 
 
 def _round_up(length: int) -> int:

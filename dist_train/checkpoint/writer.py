@@ -308,16 +308,28 @@ def write_shards(store: Store, job: SaveJob, on_chunk: Callable[[memoryview], No
 def _write_file(
     store: Store, path: str, image: memoryview, length: int, on_chunk: Callable[[memoryview], None]
 ) -> FileEntry:
-    """After a failed fsync the kernel may call the lost pages clean: never fsync again, write the file again."""
-    for last in (False, True):
-        digest = RunningDigest()
-
-        def take(chunk: memoryview, digest: RunningDigest = digest) -> None:
-            digest.update(chunk)
+    def write(take: Callable[[memoryview], None]) -> None:
+        def take_and_tell(chunk: memoryview) -> None:
+            take(chunk)
             on_chunk(chunk)
 
+        store.write_image(path, image, length, take_and_tell)
+
+    return write_digested(store, path, write)
+
+
+def write_digested(store: Store, path: str, write: Callable[[Callable[[memoryview], None]], None]) -> FileEntry:
+    """Writes a file and returns what proves it.
+
+    After a failed fsync the kernel may call the lost pages clean: never fsync again, write the file again.
+
+    Args:
+        write: writes and fsyncs the whole file, handing each chunk to what it is given; may be called twice.
+    """
+    for last in (False, True):
+        digest = RunningDigest()
         try:
-            store.write_image(path, image, length, take)
+            write(digest.update)
             return digest.entry()
         except OSError as error:
             if last or error.errno != errno.EIO:

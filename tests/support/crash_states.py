@@ -105,6 +105,10 @@ class Recorder:
             assert target.parent == full.parent, "a rename between directories is not modelled"
             names[target.name] = names.pop(name)
             self.events.append(Renamed(folder, ((name, None), (target.name, names[target.name]))))
+        elif operation.kind == "exchange":
+            other = _inside(full, operation).name
+            names[name], names[other] = names[other], names[name]
+            self.events.append(Renamed(folder, ((name, names[name]), (other, names[other]))))
 
     def _add(self, folder: int, name: str, *, is_directory: bool) -> None:
         self._inodes += 1

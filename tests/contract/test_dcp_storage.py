@@ -1,0 +1,81 @@
+"""What `torch.distributed.checkpoint` does with torch's own storage it does with ours, and the results are equal."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.dcp_cases import ALONE, TOGETHER, run_all, run_case
+from tests.support.forked import run_ranks
+
+
+def assert_same(one: Any, other: Any, place: str = "") -> None:
+    """Types, bits and structure; a NaN is the same as a NaN."""
+    assert type(one) is type(other), f"{place}: {type(one)} and {type(other)}"
+    if isinstance(one, torch.Tensor):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), place
+        assert bits(one) == bits(other), place
+    elif isinstance(one, np.ndarray):
+        assert (one.dtype, one.tolist()) == (other.dtype, other.tolist()), place
+    elif isinstance(one, dict):
+        assert list(one) == list(other) or set(one) == set(other), place
+        for key in one:
+            assert_same(one[key], other[key], f"{place}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{place}/{index}")
+    else:
+        assert one == other or (one != one and other != other), f"{place}: {one!r} and {other!r}"
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """torch warns of every save without a process group, and of every checkpoint that it replaces."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in ALONE])
+def test_one_process_sees_no_difference(case: str, tmp_path: Path) -> None:
+    results = run_case(case, str(tmp_path))
+    assert_same(results["torch"], results["ours"], case)
+    assert results["ours"]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Case -> each rank's results, all from one world of ranks."""
+    names = [case.__name__ for case in TOGETHER]
+    root = str(tmp_path_factory.mktemp("together"))
+    ranks = run_ranks(run_all, request.param, root, names, deadline_seconds=120)
+    return {name: [torch.load(io.BytesIO(one[name]), weights_only=False) for one in ranks] for name in names}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", [case.__name__ for case in TOGETHER])
+def test_several_ranks_see_no_difference(case: str, together: dict[str, list[Any]]) -> None:
+    for rank, results in enumerate(together[case]):
+        assert_same(results["torch"], results["ours"], f"{case} on rank {rank}")
+        assert results["ours"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_save_in_another_process_sees_no_difference(tmp_path: Path) -> None:
+    """`async_save` sends the writer there, and its planner and state."""
+    for ranks in run_ranks(run_all, 2, str(tmp_path), ["in_processes"], deadline_seconds=120):
+        results = torch.load(io.BytesIO(ranks["in_processes"]), weights_only=False)
+        assert_same(results["torch"], results["ours"])
