@@ -19,6 +19,7 @@ from dist_train.capture import Capture
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed
+from dist_train.each_rank import UnlikeWatch
 from dist_train.errors import LauncherLostError, SaveFailedError, StopReason
 from dist_train.health.deadline import Deadline, session_start
 from dist_train.health.preemption import Preemption
@@ -76,6 +77,7 @@ class Boundary:
         self._progress = progress
         self._reporter = reporter
         self._snapshot = snapshot
+        self._unlike = UnlikeWatch()
         self._deadline = deadline
         self._preemption = preemption
         self._told_of_signal = ""
@@ -203,6 +205,7 @@ class Boundary:
         self._deadline.save_begun()
         with phases.within(Phase.CAPTURE):
             capture, draft = self._snapshot(reason)
+            self._unlike.warn_of(capture, self._world)
             stall = self._checkpointer.save(capture, draft)
         if stall is not None:
             self._reporter.note_stall(self._step, stall)

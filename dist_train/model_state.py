@@ -6,7 +6,7 @@ Invariant: names are those of the innermost module's state_dict, whatever wraps 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,7 +19,9 @@ from dist_train.errors import UnsaveableStateError
 from dist_train.fully_sharded import is_sharded
 from dist_train.optimizer_state import CPU, TensorSource
 from dist_train.tied import compare_copies, group_tied, storage_key
-from dist_train.tree import encode
+from dist_train.tree import decode, encode, pack, unpack
+
+Json = Any
 
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
@@ -107,7 +109,12 @@ def capture_model(
             if own_buffers:
                 capture.per_rank[full] = value.detach()
     if extra:  # what modules return from get_extra_state
-        capture.state[f"{place}/~extra"] = encode(extra, f"{place}/~extra", capture.tensors)
+        tensors: dict[str, torch.Tensor] = {}
+        capture.state[f"{place}/~extra"] = encode(extra, f"{place}/~extra", tensors)
+        capture.tensors |= tensors
+        if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):  # each rank may have its own
+            capture.main_only |= tensors.keys()
+            capture.per_rank[f"buffer/{place}/~extra"] = pack(extra, f"{place}/~extra")
     for name, value in hidden_buffers(model):
         full = f"buffer/{place}/{name}"
         if not is_excluded(full, value):
@@ -174,7 +181,21 @@ def restore_model(
                 source.fill(full, value) if not own_buffers else _fill_own(source, full, value)
 
 
-def restore_extra(model: nn.Module, extra: dict[str, Any]) -> None:
+def restore_extra(
+    model: nn.Module, place: str, state: Mapping[str, Json], source: TensorSource, here: torch.device
+) -> None:
+    """What this rank's modules returned from get_extra_state; the main rank's where the checkpoint does not know it.
+
+    Args:
+        here: the device on which tensors are that were on one of its type.
+    """
+    if not (json := state.get(f"{place}/~extra")):
+        return
+    own = source.own_name(f"buffer/{place}/~extra")
+    if own != f"buffer/{place}/~extra":
+        extra = unpack(source.create(own, CPU), here)
+    else:
+        extra = decode(json, lambda name, device: source.create(name, here if device == here.type else CPU))
     raw_names = {clean_name(raw): raw for raw in model.state_dict()}
     model.load_state_dict({raw_names.get(name, name): value for name, value in extra.items()}, strict=False)
 

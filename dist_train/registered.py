@@ -6,7 +6,7 @@ the ones that its state_dict() shows now. No rank ever holds the whole of what w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.capture import Capture
 from dist_train.each_rank import OF_EACH_RANK, EachRank
-from dist_train.optimizer_state import TensorSource
+from dist_train.optimizer_state import CPU, TensorSource
 from dist_train.tied import storage_key
 from dist_train.tree import decode, encode, tensor_names
 
@@ -68,17 +68,19 @@ def compare_registered(one: Any, place: str, json: Json, source: TensorSource) -
     return problems
 
 
-def load_registered(
-    one: Any, place: str, json: Json, source: TensorSource, create: Callable[[str, str], torch.Tensor]
-) -> None:
+def load_registered(one: Any, place: str, json: Json, source: TensorSource, here: torch.device) -> None:
     """Of an object that `compare_registered` has nothing against.
 
     Args:
         json: what the checkpoint holds of it.
-        create: makes a plain tensor of a saved one, on the device where it belongs.
+        here: the device of the models, on which plain tensors are that were on one of its type.
     """
+
+    def create(name: str, device: str) -> torch.Tensor:
+        return source.create(name, here if device == here.type else CPU)
+
     if isinstance(one, EachRank):
-        one.restore(place, source)
+        one.restore(place, source, here)
         return
     live = _templates(one, place, json)
 

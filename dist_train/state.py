@@ -165,7 +165,7 @@ class LiveState:
         self._restore_optimizers(state, settings, source, told)
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
-                load_registered(one, place, state[place], source, self._loader(source))
+                load_registered(one, place, state[place], source, self._here)
         return told
 
     def _restore_optimizers(
@@ -209,8 +209,7 @@ class LiveState:
     def _restore_models(self, state: Mapping[str, Json], source: TensorSource, loading: Loading) -> None:
         for place, model in self._by_place().items():
             restore_model(model, place, source, self._own_buffers, loading.left_alone | self._exclusion.names)
-            if extra := state.get(f"{place}/~extra"):
-                restore_extra(model, decode(extra, self._loader(source)))
+            restore_extra(model, place, state, source, self._here)
 
     def restore_registered(
         self, name: str, state: Mapping[str, Json], source: TensorSource, absent: Collection[str] = ()
@@ -231,7 +230,7 @@ class LiveState:
         one = self.registered[name]
         if problems := compare_registered(one, place, state[place], source):
             raise StateMismatchError(f"{problems[0]}.")
-        load_registered(one, place, state[place], source, self._loader(source))
+        load_registered(one, place, state[place], source, self._here)
 
     def _restore_rates(
         self,
@@ -296,9 +295,13 @@ class LiveState:
         here = {"optimizer": self.optimizers, "scheduler": self.schedulers, "user": self.registered}
         return bool(here.get(kind, kind != "scaler" or self.scaler is not None))
 
+    @property
+    def _here(self) -> torch.device:
+        """The device of the models."""
+        return next((p.device for model in self.models.values() for p in model.parameters()), CPU)
+
     def _loader(self, source: TensorSource) -> Any:
-        parameter = next((p for model in self.models.values() for p in model.parameters()), None)
-        here = parameter.device if parameter is not None else CPU
+        here = self._here
         return lambda name, device: source.create(name, here if device == here.type else CPU)
 
     def _plain_objects(self) -> Iterator[tuple[str, Any]]:

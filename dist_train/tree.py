@@ -7,6 +7,7 @@ with the name of the object and the place inside it. It knows nothing of models,
 from __future__ import annotations
 
 import base64
+import json as json_module
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -244,9 +245,25 @@ def _whole_tensor(tensor: torch.Tensor) -> Json:
     return {"dtype": dtype, "shape": shape, "bytes": base64.b64encode(flat.numpy().tobytes()).decode()}
 
 
-def decode_whole(json: Json) -> Any:
-    """The value that `encode_whole` was given; tensors come back on the CPU."""
-    return decode(json["value"], lambda name, device: _tensor_of(json["tensors"][name]))
+def decode_whole(json: Json, here: torch.device | None = None) -> Any:
+    """The value that `encode_whole` was given; tensors come back on the CPU, or `here` if they lay on such a device."""
+    return decode(
+        json["value"],
+        lambda name, device: _tensor_of(json["tensors"][name]).to(
+            here if here is not None and here.type == device else "cpu"
+        ),
+    )
+
+
+def pack(value: Any, place: str) -> torch.Tensor:
+    """A value with its tensors as bytes: of such a tensor each rank may have its own, of its own length."""
+    text = json_module.dumps(encode_whole(value, place), allow_nan=False, separators=(",", ":"))
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor, here: torch.device | None = None) -> Any:
+    """What `pack` was given; see `decode_whole`."""
+    return decode_whole(json_module.loads(packed.numpy().tobytes()), here)
 
 
 def _tensor_of(json: Json) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn, optim
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tests.support.scripts import Kind, Script, loss_of, network, simple, train_step
@@ -159,6 +160,7 @@ class ScheduleFree(Optimizer):
             group["k"] += 1
             group["weight_sum"] += group["lr"] ** 2 / 3
             total = torch.stack([p.grad.double().abs().sum() for p in group["params"]]).sum()
+            total = total.full_tensor() if isinstance(total, DTensor) else total
             group["largest"].copy_(torch.maximum(group["largest"], total / 3))
             group["trace"] = total.float() if group["trace"] is None else group["trace"] * 0.9 + total.float()
             for parameter in group["params"]:
@@ -228,11 +230,13 @@ class Averager(Optimizer):
             part.step()
 
 
-def with_closure(make: Callable[[nn.Module], Optimizer]) -> Callable[[], Script]:
+def with_closure(
+    make: Callable[[nn.Module], Optimizer], prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Callable[[], Script]:
     """A script whose optimizer evaluates the loss by itself."""
 
     def build() -> Script:
-        model = plain_layers()
+        model = prepare(plain_layers())
         optimizer = make(model)
 
         def step(update: int) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -37,6 +38,8 @@ class Script:
     scheduler: Any = ()
     registered: dict[str, Any] = field(default_factory=dict)
     accelerator: Any = None
+    each_rank: tuple[str, ...] = ()
+    """Names of registered objects of which each rank has its own state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,9 @@ class Kind:
 
 
 def batch(update: int, width: int = 4) -> torch.Tensor:
-    return torch.randn(8, width, generator=torch.Generator().manual_seed(update))
+    """Another one on each rank."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.randn(8, width, generator=torch.Generator().manual_seed(update + 1000 * rank))
 
 
 def network() -> nn.Module:
@@ -103,29 +108,29 @@ def simple(
     return build
 
 
-def train(script: Script, run_dir: Path, updates: int, *, at_start: list[Any] | None = None) -> list[Any]:
+def train(script: Script, run_dir: Path, updates: int, *, at_start: list[Any] | None = None) -> list[float]:
     """Goes on to so many updates in a Run; the losses of those that were made.
 
     Args:
         at_start: receives everything that the script holds when its first update begins.
     """
     parts = {"model": script.model, "optimizer": script.optimizer, "scheduler": script.scheduler}
-    losses = []
-    policy = dt.CheckpointPolicy(every_epochs=100, keep_last=1)
+    losses: list[float] = []
+    policy = dt.CheckpointPolicy(every_epochs=100)
     with Run(str(run_dir), **parts, accelerator=script.accelerator, policy=policy) as run:
         for name, one in script.registered.items():
-            run.register(name, one)
+            run.register(name, one, each_rank=name in script.each_rank)
         for update in run.epochs(updates):
             if at_start is not None and not losses:
                 at_start.append(everything(script))
-            losses.append(script.step(update))
+            losses.append(float(torch.as_tensor(script.step(update)).detach()))
             run.step()
     return losses
 
 
-def train_bare(script: Script, updates: Iterable[int]) -> list[Any]:
+def train_bare(script: Script, updates: Iterable[int]) -> list[float]:
     """The same loop without the library."""
-    return [script.step(update) for update in updates]
+    return [float(torch.as_tensor(script.step(update)).detach()) for update in updates]
 
 
 # What there is to a script
