@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_train import differences, phases
 from dist_train.checkpoint.attached import compare_attached
 from dist_train.checkpoint.checkpointer import Checkpointer
+from dist_train.checkpoint.manifest import WARM_START
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.resume import ResumeRequest, relabelled
 from dist_train.checkpoint.store import Store
+from dist_train.checkpoint.warm_start import open_weights
 from dist_train.console import ByteMeter, set_up_logging, tell_long_work
 from dist_train.errors import StateMismatchError
 from dist_train.phases import Phase
@@ -47,6 +50,8 @@ class Beginning:
         """The checkpoint that the run goes on from; None is a fresh start."""
         self.on_attempt: Callable[[int], None] = lambda attempt: None
         """Told of the attempt's number, before a checkpoint is looked for; may be collective."""
+        self.warm_start: str | None = None
+        """What a fresh start takes its weights from; see `RunOptions`."""
         self._store = store
         self._world = world
         self._checkpointer = checkpointer
@@ -106,9 +111,12 @@ class Beginning:
             self.opened = self._checkpointer.restore(resume)
             if self.opened:
                 self._restore(self.opened, environment)
+            elif self.warm_start is not None:
+                self._start_warm(self.warm_start)
         if self.opened is None:
             self._progress.start_fresh(attempt)
-            self._reporter.events.write("started", world_size=self._world.world_size, environment=environment)
+            origin = {WARM_START: self._live.settings[WARM_START]} if self.warm_start is not None else {}
+            self._reporter.events.write("started", world_size=self._world.world_size, environment=environment, **origin)
             differences.warn_of_inexact_device(device)
         self._reporter.problems(self._checkpointer.problems)
         is_new = self._checkpointer.settle_branch()
@@ -129,18 +137,58 @@ class Beginning:
         except StateMismatchError as error:
             raise StateMismatchError(
                 f"{opened.path} does not fit the objects of this script: {error}. Nothing was changed. Build the "
-                f"model and optimizer as in the run that saved it, or give another run_dir to start a new run."
-                f"{error.hint}",
+                f"model and optimizer as in the run that saved it, or give another run_dir to start a new run; with "
+                f"warm_start={opened.path!r} that one takes the weights and nothing else.{error.hint}",
                 opened.path,
             ) from error
         finally:
             opened.reader.on_bytes = lambda count: None  # what is registered later is small
             tell_long_work(f"Loaded {name}", meter)
+        self._carry_origin(manifest.settings)
         for model in self._live.models.values():
             model.zero_grad()  # of a window that was interrupted in this very process, in a notebook
         self._rng = self._progress.restore(opened, self._checkpointer.attempt)
         if changed := differences.warn_of_environment(manifest.environment, environment):
             self._reporter.events.write("environment_changed", differences=changed)
+
+    def _start_warm(self, text: str) -> None:
+        """A fresh start with weights and buffers from elsewhere; all else is as constructed."""
+        weights = open_weights(text, self._store, self._world)
+        path, step = weights.origin["path"], weights.origin.get("global_step")
+        try:
+            notes = self._live.restore_weights(weights.state, weights.settings, weights.source)
+        except StateMismatchError as error:
+            raise StateMismatchError(
+                f"warm_start={text!r}: {path} does not fit the model of this script: {error}. Nothing was loaded."
+                f"{error.hint}",
+                path,
+            ) from error
+        finally:
+            weights.close()
+        which = "" if step is None else f" (step {step})"
+        self._told.notes = [
+            f"Started with the weights of {path}{which}; everything else is new.",
+            *weights.notes,
+            *notes,
+        ]
+        if copies := [name for name, one in self._live.registered.items() if isinstance(one, nn.Module)]:
+            self._told.notes.append(
+                f"Registered before these weights were there: {', '.join(copies)}. A copy of the model (an average) is "
+                f"to be made and registered inside of `with Run(...)`."
+            )
+        self._live.settings[WARM_START] = weights.origin
+
+    def _carry_origin(self, settings: Mapping[str, Json]) -> None:
+        """Where the run's weights were from stays known in all of its checkpoints."""
+        origin = settings.get(WARM_START)
+        if origin is not None:
+            self._live.settings[WARM_START] = origin
+        if self.warm_start is not None and self.warm_start != (origin or {}).get("requested"):
+            then = "with weights of its own" if origin is None else f"with warm_start={origin['requested']!r}"
+            self._told.notes.append(
+                f"warm_start={self.warm_start!r} has no effect: the run started {then}, and goes on from its own "
+                f"checkpoint. Give another run_dir to start anew."
+            )
 
     def _bytes_to_load(self, opened: Opened) -> int:
         """What this rank reads; 0, nobody knows, where the tensors are sharded."""
@@ -163,7 +211,7 @@ class Beginning:
             notes: what else is to be told, one sentence each.
         """
         if self.opened is None:
-            self._reporter.notes(notes)
+            self._reporter.notes([*self._told.notes, *notes])
             return
         manifest, told = self.opened.manifest, self._told
         differences.warn_of_unregistered(self.opened.path, manifest.state, self._live.registered)

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
+from dist_train.optimizer_state import own_values
+
 
 class Construction:
     """A copy of the settings, taken when the run is made.
 
     Args:
-        optimizers, schedulers: innermost, by name.
+        optimizers, schedulers: innermost, by name; optimizers inside of others, too.
     """
 
     def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer], schedulers: Mapping[str, Any]) -> None:
         self._groups = [(one, [_settings(group) for group in one.param_groups]) for one in optimizers.values()]
+        self._own = [(one, copy.deepcopy(own_values(one))) for one in optimizers.values()]
         self._schedulers = [(one, copy.deepcopy(one.state_dict())) for one in schedulers.values()]
 
     def put_back(self) -> None:
@@ -29,6 +32,10 @@ class Construction:
         for optimizer, groups in self._groups:
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 _set(group, settings)
+        for optimizer, values in self._own:
+            for key in own_values(optimizer).keys() - values.keys():
+                delattr(optimizer, key)
+            vars(optimizer).update(copy.deepcopy(values))
         for scheduler, state in self._schedulers:
             scheduler.load_state_dict(copy.deepcopy(state))
 

@@ -30,14 +30,14 @@ class EvaluationStart:
         self._live = live
         self._rng = capture_rng()
         self._schedules = {name: copy.deepcopy(one.state_dict()) for name, one in live.schedulers.items()}
-        self._rates = {name: _settings(one) for name, one in live.optimizers.items()}
+        self._rates = {name: _settings(one) for name, one in live.every_optimizer.items()}
 
     def put_back(self) -> None:
         """ReduceLROnPlateau was perhaps told of half an evaluation, and random numbers were drawn for it."""
         for name, state in self._schedules.items():
             self._live.schedulers[name].load_state_dict(state)
         for name, groups in self._rates.items():
-            for group, settings in zip(self._live.optimizers[name].param_groups, groups, strict=True):
+            for group, settings in zip(self._live.every_optimizer[name].param_groups, groups, strict=True):
                 group.update(settings)
         restore_rng(self._rng)
 

@@ -18,13 +18,19 @@ from torch.distributed.tensor import DTensor
 from dist_train.errors import ConfigError
 from dist_train.model_state import clean_name, hidden_buffers, tied_names
 from dist_train.optimizer_state import TensorSource
-from dist_train.partial import matches, plain_name, some
+from dist_train.partial import find_idle, matches, plain_name, some
 
 logger = logging.getLogger(__name__)
 Json = Any
 EXCLUDE = "exclude"
 """Setting that says what was excluded."""
 _CHUNK_ELEMENTS = 1 << 24
+_NOTHING: Json = {"patterns": [], "tensors": {}}
+
+
+def absent_names(saved: Json) -> set[str]:
+    """Full names of what a checkpoint was saved without; `saved` is `settings["exclude"]`, None without any."""
+    return set((saved or _NOTHING)["tensors"])
 
 
 class Exclusion:
@@ -45,6 +51,7 @@ class Exclusion:
         optimizers: Mapping[str, torch.optim.Optimizer],
     ) -> None:
         self.patterns = tuple(patterns)
+        self._models = models
         self._names = {place.removeprefix("model").removeprefix("/") for place in models}
         self.names: set[str] = set()
         """Full names; a tied tensor is excluded when all of its names match."""
@@ -52,19 +59,19 @@ class Exclusion:
         self._versions: dict[str, int] = {}
         self._told = False
         if patterns:
-            self._find(models)
-            self._require_untrained(models, optimizers)
+            self._find()
+            self._require_untrained(optimizers)
 
-    def _find(self, models: Mapping[str, nn.Module]) -> None:
-        everything = {full: value for place, model in models.items() for full, value in _tensors(model, place)}
+    def _find(self) -> None:
+        everything = self._live()
         plain = {full: self.plain(full) for full in everything}
-        if idle := [one for one in self.patterns if not any(matches(name, [one]) for name in plain.values())]:
+        if idle := find_idle(self.patterns, plain.values()):
             raise ConfigError(
                 f"exclude={self.patterns!r}: {some(idle)} matches no tensor of the model, which has "
                 f"{some(plain.values())}. Patterns are those of fnmatch, over the names of its state_dict; of several "
                 f"models they begin with the model's name."
             )
-        for place, model in models.items():
+        for place, model in self._models.items():
             for group in _groups(model, place):
                 if all(matches(plain[full], self.patterns) for full in group):
                     self.names.update(group)
@@ -94,40 +101,59 @@ class Exclusion:
         Args:
             saved: `settings["exclude"]` of the checkpoint, None where nothing was excluded.
         """
-        then = saved or {"patterns": [], "tensors": {}}
+        then = saved or _NOTHING
         notes = []
         if tuple(then["patterns"]) != self.patterns:
             notes.append(
                 f"exclude is {self.patterns!r} now and was {tuple(then['patterns'])!r}: {len(self.names)} tensors of "
                 f"the model are left out of checkpoints from here on, {len(then['tensors'])} were."
             )
-        stored = set(source.names("model")) | set(source.names("buffer/"))
-        others = [
-            self.plain(full)
-            for full, now in self._digests.items()
-            if now is not None and _digest_then(full, then["tensors"], stored, source) not in (None, now)
+        stored = set(source.names("model/")) | set(source.names("buffer/"))
+        self._warn_of_others({full: _digest_then(full, then["tensors"], stored, source) for full in self._digests})
+        return notes
+
+    def compare_absent(self, saved: Json) -> list[str]:
+        """Where weights alone are loaded: what their checkpoint was saved without stays as it is here."""
+        then = saved or _NOTHING
+        live = sorted(absent_names(saved) & self._live().keys() - self.names)
+        if not live:
+            return []
+        is_other = self._warn_of_others({full: then["tensors"][full] for full in live})
+        unknown = [full for full in live if then["tensors"][full] is None]
+        known = "" if is_other or unknown else ", with the values of the training"
+        unsure = f"; of {len(unknown)} nobody can tell whether they have the values of the training" if unknown else ""
+        return [
+            f"{len(live)} tensors are not in the checkpoint, which was saved with exclude={tuple(then['patterns'])!r}, "
+            f"and stay as they are in the model{known}: {some(map(self.plain, live))}{unsure}."
         ]
+
+    def _warn_of_others(self, then: Mapping[str, str | None]) -> bool:
+        """Where values are not those of the run that saved; None of those is not known."""
+        live = self._live() if then else {}
+        now = {full: self._digests.get(full) or digest(live[full]) for full, one in then.items() if one is not None}
+        others = sorted(self.plain(full) for full, one in now.items() if one not in (None, then[full]))
         if others:
             logger.warning(
-                "%d of the excluded tensors do not have the values that they had in the run that saved (%s): the "
-                "checkpoint belongs to another base. Load the base that it was trained with.",
+                "%d tensors that are not in checkpoints do not have the values that they had in the run that saved "
+                "(%s): the checkpoint belongs to another base. Load the base that it was trained with.",
                 len(others),
                 some(others),
             )
-        return notes
+        return bool(others)
+
+    def _live(self) -> dict[str, torch.Tensor]:
+        return {full: value for place, model in self._models.items() for full, value in _tensors(model, place)}
 
     def _is_extra(self, full: str, value: Any) -> bool:
         """What an excluded module returns from get_extra_state goes with its tensors."""
         is_extra = not isinstance(value, torch.Tensor) or full.endswith("_extra_state")
         return is_extra and matches(self.plain(full), self.patterns)
 
-    def _require_untrained(
-        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> None:
+    def _require_untrained(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
         held = {id(p) for one in optimizers.values() for group in one.param_groups for p in group["params"]}
         trained = [
             self.plain(full)
-            for place, model in models.items()
+            for place, model in self._models.items()
             for key, parameter in model.named_parameters(remove_duplicate=False)
             if id(parameter) in held and (full := f"{place}/{clean_name(key)}") in self.names
         ]

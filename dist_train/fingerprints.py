@@ -5,8 +5,11 @@ Invariant: asking changes nothing that training can see.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 from dist_train.rng import capture_rng, restore_rng
@@ -35,6 +38,9 @@ def _functions_of(scheduler: Any) -> Iterator[Callable[[int], Any]]:
 
 
 def _fingerprint(function: Callable[[int], Any]) -> str:
+    if not isinstance(function, FunctionType):  # an object may remember what it was asked
+        with contextlib.suppress(Exception):
+            function = copy.deepcopy(function)
     values, step, after = [], 0, 1
     while step < _MOST_SAMPLED_STEPS:
         try:

@@ -65,6 +65,12 @@ def refuse_prepared(schedulers: Mapping[str, Any], loader: Any | None) -> None:
 def refuse_unsharded(accelerator: Any | None, models: Mapping[str, nn.Module], world: World) -> None:
     """Raises ConfigError where FSDP was asked for and is not there, or is the one that no checkpoint here can hold."""
     for name, model in models.items():
+        if type(model).__name__ == "DeepSpeedEngine":
+            raise ConfigError(
+                f"{_title('model', name)} is a DeepSpeedEngine, which keeps weights and optimizer state in forms of "
+                f"its own that no checkpoint here can hold. Shard with FSDP2 instead (TrainConfig(sharding='fsdp'), or "
+                f"FullyShardedDataParallelPlugin(fsdp_version=2)), or save by engine.save_checkpoint."
+            )
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
             raise ConfigError(
                 f"{_title('model', name)} is sharded by FSDP1, which flattens parameters into one another: they have "
@@ -158,6 +164,11 @@ class ParameterWatch:
         self._models = models
         self._optimizers = optimizers
         self._known = _parameters_of(models)
+        if lazy := [name for name, one in self._known.items() if nn.parameter.is_lazy(one)]:
+            raise ConfigError(
+                f"The model has lazy parameters that have no shape yet: call the model on one batch before the "
+                f"optimizer and the Run are made ({_some(lazy)})."
+            )
         self._kinds = {name: (tuple(one.shape), one.dtype) for name, one in self._known.items()}
         self._require_own_parameters()
 

@@ -113,6 +113,8 @@ def capture_model(
         if not is_excluded(full, value):
             capture.tensors[full] = value.detach()
             capture.main_only.add(full)
+            if own_buffers:
+                capture.per_rank[full] = value.detach()
 
 
 def hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -122,6 +124,27 @@ def hidden_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             value = module._buffers.get(name)
             if value is not None and not isinstance(value, DTensor):
                 yield clean_name(f"{prefix}.{name}" if prefix else name), value
+
+
+def _empty_buffers(model: nn.Module, place: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Buffers that are None here (full name, module, its name there): training may have made them in the run that
+    saved.
+    """
+    for prefix, module in model.named_modules():
+        for name, value in module._buffers.items():
+            if value is None:
+                full = f"{place}/{clean_name(f'{prefix}.{name}' if prefix else name)}"
+                yield f"buffer/{full}" if name in module._non_persistent_buffers_set else full, module, name
+
+
+def _make_buffers(model: nn.Module, place: str, source: TensorSource, own_buffers: bool) -> None:
+    """Those that the checkpoint holds and that are None here."""
+    here = next((p.device for p in model.parameters()), CPU)
+    stored = {*source.names(f"{place}/"), *source.names(f"buffer/{place}/")}
+    for full, module, name in list(_empty_buffers(model, place)):
+        if full in stored:
+            own = getattr(source, "own_name", lambda same: same)(full) if own_buffers else full
+            setattr(module, name, source.create(own, here))
 
 
 def _is_extra(name: str, value: Any) -> bool:
@@ -136,9 +159,10 @@ def restore_model(
     Args:
         left_alone: full names of tensors that stay as they are.
     """
+    _make_buffers(model, place, source, own_buffers)
     buffers = {clean_name(name) for name, _ in model.named_buffers()}
     with torch.no_grad():
-        for name, value in _tensors_as_stored(model, place, source):
+        for name, value in tensors_as_stored(model, place, source):
             if (full := f"{place}/{name}") in left_alone:
                 continue
             own = own_buffers and name in buffers and not isinstance(value, DTensor)
@@ -147,7 +171,7 @@ def restore_model(
         for name, value in hidden_buffers(model):
             full = f"buffer/{place}/{name}"
             if full in present and source.describe(full) == (tuple(value.shape), value.dtype):
-                source.fill(full, value)
+                source.fill(full, value) if not own_buffers else _fill_own(source, full, value)
 
 
 def restore_extra(model: nn.Module, extra: dict[str, Any]) -> None:
@@ -160,7 +184,7 @@ def _fill_own(source: TensorSource, name: str, value: torch.Tensor) -> None:
     source.fill(own, value)
 
 
-def _tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_as_stored(model: nn.Module, place: str, source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor once. Which name of a tied one is stored is for its writer to choose: that one, or the first."""
     stored = set(source.names(f"{place}/"))
     for names, value in tied_names(model):
@@ -177,8 +201,9 @@ def fit_model(model: nn.Module, place: str, source: TensorSource, excluded: Coll
     Args:
         excluded: full names of tensors that the checkpoint need not hold.
     """
-    live = {f"{place}/{name}": value for name, value in _tensors_as_stored(model, place, source)}
-    saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")}
+    live = {f"{place}/{name}": value for name, value in tensors_as_stored(model, place, source)}
+    late = {full for full, _, _ in _empty_buffers(model, place)}
+    saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")} - late
     groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in tied_names(model)]
     copies, problems = compare_copies(groups, lambda name: source.create(name, CPU))
     here, there = set(live) - set(excluded), saved - copies - set(excluded)

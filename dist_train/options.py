@@ -53,16 +53,24 @@ class RunOptions:
     that does."""
     health: HealthPolicy = field(default_factory=HealthPolicy)
     """What happens where a gradient is not finite, or far larger than usual."""
+    warm_start: str | None = None
+    """Weights and buffers that a fresh start begins with; optimizer, schedule, random generators and progress are new.
+    "runs/base" (its best checkpoint, or the latest where no metric is monitored), "runs/base:best", "runs/base:latest",
+    "runs/base:epoch:15", "runs/base:step:1200", the path of a checkpoint; or the file or folder of other programs:
+    .safetensors, .pth, Hugging Face's. The run's own checkpoints come first on every later start, and `resume="must"`
+    begins nothing. A start that is killed before its first checkpoint begins with the same again."""
     partial_load: Sequence[str] = ()
     """What of the models may differ from a checkpoint that is loaded: patterns as `fnmatch` has them, over the names of
-    parameters and buffers, `("head.*", "old_head.*")`; of several models "NAME.head.*". Of what matches, what is only
-    here or has another shape or dtype stays as constructed, its optimizer state starts fresh, and what is only in the
-    checkpoint is left there; what is equal in name, shape and dtype is loaded all the same. All else must be equal.
-    What came of it is told at start. No effect once a checkpoint of the new model is resumed from."""
+    parameters and buffers, `("head.*", "old_head.*")`; of several models "NAME.head.*"; one that begins with ! takes
+    names out again, `("*", "!body.*")`. Of what matches, what is only here or has another shape or dtype stays as
+    constructed, its optimizer state starts fresh, and what is only in the checkpoint is left there; what is equal in
+    name, shape and dtype is loaded all the same. All else must be equal. What came of it is told at start. No effect
+    once a checkpoint of the new model is resumed from."""
     exclude: Sequence[str] = ()
-    """Patterns of parameters and buffers that checkpoints do without: a frozen base that the script itself loads from
-    elsewhere, a large constant. They stay as constructed at every start, whatever a checkpoint or `warm_start` holds;
-    give the same values at each, a difference is warned of. What an optimizer trains is refused."""
+    """Patterns, as of `partial_load`, of parameters and buffers that checkpoints do without: a frozen base that the
+    script itself loads from elsewhere, `("*", "!*lora_*")`, or a large constant. They stay as constructed at every
+    start, whatever a checkpoint or `warm_start` holds; give the same values at each, a difference is warned of (not of
+    sharded ones). What an optimizer trains is refused."""
     open_store: Callable[[str], Store] = Store
     """Where the run directory lives."""
 

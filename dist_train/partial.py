@@ -30,8 +30,12 @@ def require_patterns(owner: str, name: str, patterns: Sequence[str]) -> None:
     """Raises ConfigError for what is no sequence of patterns, in the name of the class it was given to."""
     if isinstance(patterns, str):
         raise ConfigError(f"{owner}.{name} is the text {patterns!r}; it is a tuple of patterns: ({patterns!r},).")
-    if wrong := [one for one in patterns if not isinstance(one, str) or not one]:
+    if wrong := [one for one in patterns if not isinstance(one, str) or not one.removeprefix("!")]:
         raise ConfigError(f"{owner}.{name} holds {wrong[0]!r}; it is a tuple of patterns, for instance ('head.*',).")
+    if patterns and all(one.startswith("!") for one in patterns):
+        raise ConfigError(
+            f"{owner}.{name} is {tuple(patterns)!r}: nothing is named that ! could take out; begin with '*'."
+        )
 
 
 def plain_name(full: str, models: Collection[str]) -> str:
@@ -45,8 +49,16 @@ def plain_name(full: str, models: Collection[str]) -> str:
     return key if "" in models else key.replace("/", ".", 1)
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether one of them matches, and none that begins with `!`, which takes names out again."""
+    out = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    named = any(fnmatchcase(name, pattern) for pattern in patterns if not pattern.startswith("!"))
+    return named and not any(fnmatchcase(name, pattern) for pattern in out)
+
+
+def find_idle(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """Those that match none of the names."""
+    return [one for one in patterns if not any(fnmatchcase(name, one.removeprefix("!")) for name in names)]
 
 
 def some(names: Iterable[str]) -> str:
@@ -109,8 +121,7 @@ class Tolerance:
             return ""
         given = tuple(dict.fromkeys([*self.patterns, *_cover([plain_name(name, self._models) for name in strict])]))
         return (
-            f" To load what fits and leave the rest as constructed, say what may differ: partial_load={given!r}; to "
-            f"take the weights alone and train anew, give another run_dir and this checkpoint as warm_start."
+            f" To load what fits and leave the rest as it is constructed, say what may differ: partial_load={given!r}."
         )
 
     def unmatched(self, fit: Fit, saved: Iterable[str]) -> list[str]:
@@ -120,7 +131,7 @@ class Tolerance:
             saved: full names of the checkpoint's tensors.
         """
         known = [plain_name(name, self._models) for name in [*saved, *fit.missing, *fit.tied]]
-        return [pattern for pattern in self.patterns if not any(fnmatchcase(name, pattern) for name in known)]
+        return find_idle(self.patterns, known)
 
     @property
     def shown(self) -> str:
@@ -205,7 +216,7 @@ def fit_optimizer(
         today = group_settings(optimizer.param_groups[index], "~group")
         groups.append({"params": live[index], "settings": today if home is None else json["groups"][home]["settings"]})
         constructions.append(today if home is None or then is None or not known_then else then[home])
-    return {"groups": groups, "state": states, "loose": json["loose"]}, constructions if known_then else None
+    return {**json, "groups": groups, "state": states}, constructions if known_then else None
 
 
 def _states(

@@ -116,10 +116,22 @@ class ScheduledOptimizer:
     def _set_groups(self, values: list[dict[str, Any]]) -> None:
         for group, settings in zip(self.optimizer.param_groups, values, strict=True):
             for key, value in settings.items():
-                if isinstance(group.get(key), torch.Tensor):
-                    group[key].copy_(torch.as_tensor(value))  # a capturable rate is read through this very tensor
-                else:
-                    group[key] = schedule.readable(value)
+                group[key] = schedule.put_in_place(group.get(key), value)
+
+    def _set_merged(self, merged: list[dict[str, Any]]) -> None:
+        """Groups in plain values; what is the checkpoint's is taken as it lies there, tensors as tensors."""
+        if self.groups is None:
+            return
+        saved = zip(self._saved_groups(), self._plain_groups(), strict=True)
+        self._set_groups(
+            [
+                {
+                    key: exact[key] if value == plain.get(key) else decode(value, self.load)
+                    for key, value in group.items()
+                }
+                for group, (exact, plain) in zip(merged, saved, strict=True)
+            ]
+        )
 
     def _load_state(self, scheduler: Any, json: Json) -> None:
         scheduler.load_state_dict(decode(json, self.load))
@@ -149,9 +161,8 @@ class ScheduledOptimizer:
             keys: frozenset[str] = frozenset()
             if self.schedulers or self._lost_its_scheduler:
                 keys = schedule.scheduled_keys(saved, self.schedulers.values())
-            merged.append(decode(schedule.merge_group(saved, before, now, live=keys), self.load))
-        if self.groups is not None:
-            self._set_groups(merged)
+            merged.append(schedule.merge_group(saved, before, now, live=keys))
+        self._set_merged(merged)
 
     def _steps(self, place: str, scheduler: Any) -> float | None:
         """How often today's scheduler would have been stepped; None where it starts fresh."""
@@ -240,9 +251,8 @@ class ScheduledOptimizer:
         for saved, before, now in zip(self._plain_groups(), self._then(), self._today(), strict=False):
             kept = schedule.merge_group(saved, before, now)
             keys = schedule.scheduled_keys(saved, ()) & saved.keys() if scheduled else ()
-            merged.append(decode({**kept, **{key: saved[key] for key in keys}}, self.load))
-        if self.groups is not None:
-            self._set_groups(merged)
+            merged.append({**kept, **{key: saved[key] for key in keys}})
+        self._set_merged(merged)
         for place, scheduler in self.schedulers.items():
             if place in self.saved:
                 state = decode(schedule.merge_scheduler(self.saved[place], scheduler, place), self.load)

@@ -73,7 +73,7 @@ class Recovery:
             models=live.models.values(),
             agree=agree_on_largest if may_differ else None,
         )
-        self._construction = Construction(live.optimizers, live.schedulers) if policy.rolls_back else None
+        self._construction = Construction(live.every_optimizer, live.schedulers) if policy.rolls_back else None
         intake.on_left_out = reporter.left_out
         self._skips = self._scaler_skips = 0
         self._last_skipped = -1

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_train.capture import Capture
+from dist_train.each_rank import OF_EACH_RANK, EachRank
 from dist_train.optimizer_state import TensorSource
 from dist_train.tied import storage_key
 from dist_train.tree import decode, encode, tensor_names
@@ -40,8 +41,18 @@ def tie_registered(registered: Mapping[str, Any], capture: Capture) -> None:
             capture.main_only |= {f"user/{name}/{key}" for key, _ in one.named_buffers()} & capture.tensors.keys()
 
 
+def is_of_each_rank(json: Json) -> bool:
+    """Whether that is what a checkpoint holds of an object of which each rank has its own state."""
+    return bool(json == OF_EACH_RANK)
+
+
 def compare_registered(one: Any, place: str, json: Json, source: TensorSource) -> list[str]:
     """What keeps the checkpoint's values from being loaded: sharded ones of which nothing says where they belong."""
+    if isinstance(one, EachRank) != is_of_each_rank(json):
+        was = "each rank's own (each_rank=True)" if is_of_each_rank(json) else "one for all ranks"
+        return [f"the registered {place.removeprefix('user/')!r} was {was} in the run that saved: register it so again"]
+    if isinstance(one, EachRank):
+        return []
     live = _templates(one, place, json)
     problems = []
     for name in tensor_names(json):
@@ -66,6 +77,9 @@ def load_registered(
         json: what the checkpoint holds of it.
         create: makes a plain tensor of a saved one, on the device where it belongs.
     """
+    if isinstance(one, EachRank):
+        one.restore(place, source)
+        return
     live = _templates(one, place, json)
 
     def load(name: str, device: str) -> torch.Tensor:

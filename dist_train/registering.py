@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+
 from dist_train.callbacks import Callback, Callbacks, has_state, name_of
 from dist_train.checkpoint.checkpointer import Checkpointer
+from dist_train.each_rank import EachRank, adapt
 from dist_train.errors import ConfigError
 from dist_train.registered import Stateful
 from dist_train.standing import Standing
@@ -23,20 +26,34 @@ class Registering(Standing):
     _checkpointer: Checkpointer
     _begun: bool
 
-    def register(self, name: str, one: Stateful) -> None:
-        """Saves and restores an object with `state_dict` and `load_state_dict`; before `epochs` is called.
+    def register(self, name: str, one: Stateful | Any, *, each_rank: bool = False) -> None:
+        """Saves and restores an object with `state_dict` and `load_state_dict`, or a random generator (torch's,
+        numpy's, python's) as it is; before `epochs` is called.
+
+        Args:
+            each_rank: every rank has a state of its own there (a replay buffer): all are kept, and each rank gets its
+                own back; one that the checkpoint does not know keeps what the script has made. For states of
+                megabytes. So it is with generators. Otherwise the state is one for all ranks.
 
         Raises:
             ConfigError: the name is taken, it is no such object, or `epochs` was called already.
             StateMismatchError: the checkpoint that is resumed from does not hold it.
         """
-        if name in self._live.registered or not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
+        adapted = adapt(one, each_rank=each_rank)
+        if name in self._live.registered or not (
+            isinstance(adapted, EachRank) or (hasattr(one, "state_dict") and hasattr(one, "load_state_dict"))
+        ):
             raise ConfigError(
                 f"run.register({name!r}, ...): give each object with state_dict and load_state_dict its own name."
             )
+        if isinstance(one, torch.optim.Optimizer):
+            raise ConfigError(
+                f"run.register({name!r}, ...) was given an optimizer, whose own load_state_dict would change the "
+                f"dtypes of its state. Give all of them to the Run: optimizer={{'main': ..., {name!r}: ...}}."
+            )
         if self._begun:
             raise ConfigError(f"run.register({name!r}, ...) came after run.epochs(); register it before the loop.")
-        self._live.registered[name] = one
+        self._live.registered[name] = adapted
         self._beginning.register(name)
 
     def attach(self, *items: Any) -> None:

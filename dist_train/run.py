@@ -112,8 +112,7 @@ class Run(Registering):
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
         self._tracking = Tracking(accelerator, self._store, enabled=self.world.is_main)
-        health = self._options.health
-        clean_steps = health.clean_steps if health.rolls_back else None
+        clean_steps = self._options.health.clean_steps if self._options.health.rolls_back else None
         self._checkpointer = Checkpointer(
             self._store, self.world, self._policy, search=self._options.search, clean_steps=clean_steps
         )
@@ -142,6 +141,7 @@ class Run(Registering):
         self._beginning = Beginning(
             self._store, self.world, self._checkpointer, self._live, self._progress, self._reporter
         )
+        self._beginning.warm_start = self._options.warm_start
         self._beginning.on_attempt = self._monitoring.begin
         self._boundary = Boundary(
             self.world,

@@ -156,10 +156,27 @@ def readable(value: Any) -> Any:
     """With numbers in place of tensors."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
-    if type(value) is dict:
+    if isinstance(value, Mapping):
         return {key: readable(inner) for key, inner in value.items()}
     if type(value) in (list, tuple):
         return type(value)(readable(inner) for inner in value)
+    return value
+
+
+def put_in_place(live: Any, value: Any) -> Any:
+    """A saved setting of a parameter group in the kind of the live one: what is a tensor here is filled, since a
+    captured graph reads it through that very tensor; what is a number here becomes one.
+    """
+    if isinstance(live, torch.Tensor) and isinstance(value, int | float | list | torch.Tensor):
+        new = torch.as_tensor(value, dtype=live.dtype, device=live.device)
+        with torch.no_grad():
+            return live.copy_(new) if new.shape == live.shape else new
+    if isinstance(live, int | float) and isinstance(value, torch.Tensor):
+        return readable(value)
+    if type(live) in (list, tuple) and type(live) is type(value) and len(live) == len(value):
+        return type(live)(put_in_place(*pair) for pair in zip(live, value, strict=True))
+    if type(live) is dict and type(value) is dict:
+        return {key: put_in_place(live.get(key), inner) for key, inner in value.items()}
     return value
 
 

@@ -99,8 +99,10 @@ def make_trainers_accelerator(
         options["parallelism_config"] = ParallelismConfig(dp_replicate_size=shape[0], dp_shard_size=shape[1])
     # Gradients that wait for their window's end unreduced are whole ones: as large as the model, on each rank.
     steps = GradientAccumulationPlugin(num_steps=1, sync_each_batch=True)
+    accelerator = make_accelerator(plugin, gradient_accumulation_plugin=steps, **options)
+    _require_computable(model, accelerator)
     give_all_ranks_one_start(model, world)
-    return make_accelerator(plugin, gradient_accumulation_plugin=steps, **options)
+    return accelerator
 
 
 def prepare(
@@ -191,6 +193,17 @@ def _precision(name: str | None) -> Any:
     if name not in _HALF:
         return None
     return MixedPrecisionPolicy(param_dtype=_HALF[name], reduce_dtype=torch.float32)
+
+
+def _require_computable(model: nn.Module, accelerator: Accelerator) -> None:
+    """FSDP2 casts parameters and leaves buffers as they are, autocast casts neither of a BatchNorm's."""
+    norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.affine]
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision in _HALF and norms:
+        raise ConfigError(
+            f"The model has {len(norms)} {type(norms[0]).__name__}, whose weights FSDP2 casts to "
+            f"{accelerator.mixed_precision} and whose running means it leaves in float32: a CPU computes no such "
+            f"mixture. Use mixed_precision='no', another normalisation (LayerNorm, GroupNorm), or sharding='none'."
+        )
 
 
 def _require_units(model: nn.Module, units: Sequence[str]) -> list[str]:

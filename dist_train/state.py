@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_train.capture import Capture
 from dist_train.differences import Differences
+from dist_train.each_rank import EachRank
 from dist_train.errors import StateMismatchError
-from dist_train.exclusion import EXCLUDE, Exclusion
+from dist_train.exclusion import EXCLUDE, Exclusion, absent_names
 from dist_train.fingerprints import fingerprints
 from dist_train.fully_sharded import drop_unreduced_gradients, reshard
 from dist_train.model_state import (
@@ -26,15 +28,22 @@ from dist_train.model_state import (
     keeps_own_buffers,
     restore_extra,
     restore_model,
+    tensors_as_stored,
 )
 from dist_train.optimizer_state import (
     CPU,
+    Shared,
     TensorSource,
     capture_optimizer,
     compare_groups,
+    has_groups_of,
     innermost_optimizer,
     member_names,
+    own_settings,
     restore_optimizer,
+    restore_own,
+    shares_groups,
+    with_inner,
 )
 from dist_train.partial import Loading, Tolerance, fit_optimizer, some, tell
 from dist_train.rates import ScheduledOptimizer
@@ -83,9 +92,11 @@ class LiveState:
     ) -> None:
         self.models = {name: innermost_module(model) for name, model in models.items()}
         self.optimizers = {name: innermost_optimizer(optimizer) for name, optimizer in optimizers.items()}
+        self.every_optimizer = with_inner(self.optimizers)
+        """Those inside of others (SAM, Lookahead) too: each has state."""
         self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
-        self.registered: dict[str, Stateful] = {}
+        self.registered: dict[str, Stateful | EachRank] = {}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
         self._tolerance = Tolerance(partial_load, self.models)
         self._exclusion = Exclusion(exclude, self._by_place(), self.optimizers)
@@ -101,16 +112,19 @@ class LiveState:
 
     def capture(self) -> Capture:
         """Raises UnsaveableStateError, naming the object."""
-        reshard(self.models.values())
+        self._reshard()
         capture = Capture()
         for name, model in self.models.items():
             capture_model(model, _place("model", name), capture, self._own_buffers, self._exclusion.leaves_out)
         names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
         for place, one in self._plain_objects():
-            capture.state[place] = encode(one.state_dict(), place, capture.tensors)
+            if isinstance(one, EachRank):
+                one.capture(place, capture)
+            else:
+                capture.state[place] = encode(one.state_dict(), place, capture.tensors)
         tie_registered(self.registered, capture)
         capture.rank_state["rng"] = capture_rng()
         return capture
@@ -133,26 +147,41 @@ class LiveState:
             StateMismatchError: lists what differs; nothing was loaded.
             ConfigError: a changed schedule is shorter than the run already is; no tensor was loaded.
         """
-        reshard(self.models.values())
+        self._reshard()
         told = Differences()
         fit = self._fit_models(source, everything=True)
         loading = self._require_same_structure(state, settings, source, absent, fit)
         state, settings = self._fit_optimizers(state, settings, loading)
         told.tell_absent([kind for kind in absent if self._has(kind)])
-        told.notes += self._tell(fit, loading, settings, source)
+        told.notes += tell(fit, loading, self.models) + self._exclusion.compare(settings.get(EXCLUDE), source)
+        told.notes += self._tell_idle(fit, settings, source)
         self._restore_rates(state, settings, source, absent, global_step, told)
         self._restore_models(state, source, loading)
         if self.scaler is not None and state.get("scaler"):
             # Before the optimizer: FSDP2's scaler looks at the optimizer's state when it is loaded.
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
-        names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
-            if (place := _place("optimizer", name)) in state:
-                restore_optimizer(optimizer, names, source, state[place])
+        self._restore_optimizers(state, settings, source, told)
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
                 load_registered(one, place, state[place], source, self._loader(source))
         return told
+
+    def _restore_optimizers(
+        self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource, told: Differences
+    ) -> None:
+        """State, after the models': what shares a tensor with them shares it again."""
+        names = self._parameter_names()
+        live = {
+            f"{place}/{name}": value
+            for place, model in ((_place("model", name), model) for name, model in self.models.items())
+            for name, value in tensors_as_stored(model, place, source)
+        }
+        shared = Shared(source, live)
+        for name, optimizer in self.every_optimizer.items():
+            if (place := _place("optimizer", name)) in state:
+                then = settings.get(f"{place}/own")
+                told.changes |= restore_own(optimizer, place, shared, state[place], then)
+                restore_optimizer(optimizer, names, shared, state[place])
 
     def restore_weights(
         self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource
@@ -165,11 +194,15 @@ class LiveState:
         Raises:
             StateMismatchError: lists what differs; nothing was loaded.
         """
-        fit = self._fit_models(source)
+        self._reshard()
+        absent = absent_names(settings.get(EXCLUDE))
+        fit = self._fit_models(source, absent)
         self._refuse(self._tolerance.refuse(fit), fit)
         loading = self._tolerance.begin(fit)
+        notes = tell(fit, loading, self.models) + self._exclusion.compare_absent(settings.get(EXCLUDE))
+        loading.left_alone |= absent
         self._restore_models(state, source, loading)
-        return self._tell(fit, loading, settings, source)
+        return notes + self._tell_idle(fit, settings, source)
 
     def _restore_models(self, state: Mapping[str, Json], source: TensorSource, loading: Loading) -> None:
         for place, model in self._by_place().items():
@@ -215,7 +248,7 @@ class LiveState:
             for place, json in state.items()
             if place.partition("/")[0] == "scheduler"
         }
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self._with_own_groups().items():
             place, own = _place("optimizer", name), _place("scheduler", name)
             mine = {key: one for key, one in live.items() if owners[key] == name}
             ScheduledOptimizer(
@@ -241,13 +274,20 @@ class LiveState:
                 merged = merge_scheduler(saved[place], scheduler, place)
                 scheduler.load_state_dict(decode(merged, self._loader(source)))
 
+    def _with_own_groups(self) -> dict[str, torch.optim.Optimizer]:
+        """Without those inside of others that have the others' groups."""
+        return {
+            name: one
+            for name, one in self.every_optimizer.items()
+            if name in self.optimizers or not shares_groups(one, self.every_optimizer)
+        }
+
     def _owner_of(self, place: str, scheduler: Any) -> str | None:
         """The name of the optimizer whose rates a scheduler moves; of an only one where it does not tell."""
         its = getattr(scheduler, "optimizer", None)
-        owner = next(
-            (name for name, one in self.optimizers.items() if its is not None and innermost_optimizer(its) is one), None
-        )
-        return next(iter(self.optimizers)) if its is None and len(self.optimizers) == 1 else owner
+        if its is None and len(self.optimizers) == 1:
+            return next(iter(self.optimizers))
+        return next((name for name, one in self._with_own_groups().items() if has_groups_of(one, its)), None)
 
     def _has(self, kind: str) -> bool:
         """Whether there is anything here that a kind of state would be loaded into."""
@@ -271,9 +311,11 @@ class LiveState:
     def _settings(self) -> dict[str, Json]:
         """Each setting's value now, at construction."""
         settings: dict[str, Json] = {}
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             settings[f"{place}/class"] = type(optimizer).__name__
+            if own := own_settings(optimizer, place):
+                settings[f"{place}/own"] = own
             settings[place] = [
                 group_settings(group, f"{place}/settings/{index}") for index, group in enumerate(optimizer.param_groups)
             ]
@@ -285,6 +327,10 @@ class LiveState:
         if self._tolerance.patterns:
             settings[_PARTIAL] = list(self._tolerance.patterns)
         return {**settings, **self._exclusion.describe()}
+
+    def _reshard(self) -> None:
+        """What an evaluation has left gathered; registered modules may be sharded, too."""
+        reshard([*self.models.values(), *(one for one in self.registered.values() if isinstance(one, nn.Module))])
 
     def _by_place(self) -> dict[str, nn.Module]:
         return {_place("model", name): model for name, model in self.models.items()}
@@ -298,14 +344,15 @@ class LiveState:
 
     # How a checkpoint fits
 
-    def _fit_models(self, source: TensorSource, *, everything: bool = False) -> Fit:
+    def _fit_models(self, source: TensorSource, without: Collection[str] = (), *, everything: bool = False) -> Fit:
         """
         Args:
+            without: full names of what need not be there.
             everything: a model that is in the checkpoint alone counts, too.
         """
         fit = Fit()
         for place, model in self._by_place().items():
-            fit.add(fit_model(model, place, source, self._exclusion.names))
+            fit.add(fit_model(model, place, source, self._exclusion.names | set(without)))
         if everything and "" not in self.models:
             places = tuple(f"{place}/" for place in self._by_place())
             known = [name for name in source.names("model/") if not name.startswith(places)]
@@ -324,7 +371,7 @@ class LiveState:
         problems = self._tolerance.refuse(fit)
         loading = self._tolerance.begin(fit)
         names = self._parameter_names()
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             place = _place("optimizer", name)
             if place not in state:
                 problems += self._compare_new_optimizer(optimizer, place, loading) if "optimizer" not in absent else []
@@ -342,7 +389,7 @@ class LiveState:
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
                 problems += compare_registered(one, place, state[place], source)
-        self._refuse(problems, fit)
+        self._refuse(problems, fit, settings)
         return loading
 
     def _compare_new_optimizer(self, optimizer: Any, place: str, loading: Loading) -> list[str]:
@@ -351,10 +398,14 @@ class LiveState:
         own = {name for group in optimizer.param_groups for name in member_names(0, group, names)}
         return [] if own <= loading.fresh else [f"the checkpoint holds no {place}"]
 
-    def _refuse(self, problems: list[str], fit: Fit) -> None:
-        if problems:
-            more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise StateMismatchError("; ".join(problems[:8]) + more, hint=self._tolerance.suggest(fit))
+    def _refuse(self, problems: list[str], fit: Fit, settings: Mapping[str, Json] | None = None) -> None:
+        if not problems:
+            return
+        more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        then = (settings or {}).get(EXCLUDE)
+        again = f" It was saved with exclude={tuple(then['patterns'])!r}: give that again to go on." if then else ""
+        hint = (again if absent_names(then) & set(fit.missing) else "") + self._tolerance.suggest(fit)
+        raise StateMismatchError("; ".join(problems[:8]) + more, hint=hint)
 
     def _fit_optimizers(
         self, state: Mapping[str, Json], settings: Mapping[str, Json], loading: Loading
@@ -362,7 +413,7 @@ class LiveState:
         """State and settings as if they had been saved with today's parameter groups."""
         names = self._parameter_names()
         state, settings = dict(state), dict(settings)
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.every_optimizer.items():
             if (place := _place("optimizer", name)) not in state or not self._tolerance.patterns:
                 continue
             own = {one for group in optimizer.param_groups for one in member_names(0, group, names)}
@@ -371,13 +422,12 @@ class LiveState:
                 state[place], settings[place] = fitted
         return state, settings
 
-    def _tell(self, fit: Fit, loading: Loading, settings: Mapping[str, Json], source: TensorSource) -> list[str]:
-        """Of what was not loaded, and of patterns that changed nothing where the run that saved did not have them."""
-        notes = tell(fit, loading, self.models) + self._exclusion.compare(settings.get(EXCLUDE), source)
+    def _tell_idle(self, fit: Fit, settings: Mapping[str, Json], source: TensorSource) -> list[str]:
+        """Of patterns that match nothing; once a run that had them has saved, nothing is left for them to match."""
         idle = self._tolerance.unmatched(fit, source.names("model/"))
-        if idle and tuple(settings.get(_PARTIAL, ())) != self._tolerance.patterns:
-            notes.append(f"{self._tolerance.shown}: {some(idle)} matches no tensor, here or in the checkpoint.")
-        return notes
+        if not idle or tuple(settings.get(_PARTIAL, ())) == self._tolerance.patterns:
+            return []
+        return [f"{self._tolerance.shown}: {some(idle)} matches no tensor, here or in the checkpoint."]
 
 
 def by_name(objects: Any) -> dict[str, Any]:

@@ -87,6 +87,8 @@ class TrainConfig:
     requeue_exit: bool = False
     """End with exit code 75 after a preemption or the time limit, for a scheduler that then starts the run again. Not
     under plain torchrun, which restarts on any code but 0."""
+    warm_start: str | None = None
+    """Weights that a fresh start begins with: "runs/base", "runs/base:best", a checkpoint, a file; see `RunOptions`."""
     partial_load: Sequence[str] = ()
     """Patterns of the model's parameters and buffers that may differ from a checkpoint; see `RunOptions`."""
     exclude: Sequence[str] = ()
@@ -323,6 +325,7 @@ class Trainer:
                 time_reserve=config.time_reserve,
                 hang_timeout=config.hang_timeout,
                 requeue_exit=config.requeue_exit,
+                warm_start=config.warm_start,
                 partial_load=config.partial_load,
                 exclude=config.exclude,
                 config=asdict(config),

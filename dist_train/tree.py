@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from dist_train.errors import UnsaveableStateError
+from dist_train.tagged import TEXT_TAGS, from_text, make_mapping, mapping_kind, text_of, way_out
 
 Json = Any
 _TAG = "$"
@@ -24,8 +26,8 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
     """JSON of a nested value; tensors are put, uncopied, into `tensors` under the place where they were found.
 
     Args:
-        value: None, bool, int, float, str, bytes, tensor, numpy array or scalar, dtype, device, and dict, list, tuple
-        or set of these.
+        value: None, bool, int, float, str, bytes, tensor, numpy array or scalar, dtype, device, what `tagged` knows of
+            the standard library, and dict, list, tuple, set or deque of these.
         place: name of the value, for instance `user/ema`; used for tensors and in errors.
 
     Raises:
@@ -39,17 +41,20 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
         return {_TAG: "tensor", "name": _keep(value.detach(), place, tensors), "device": value.device.type}
     if isinstance(value, Mapping):
         return _encode_mapping(value, place, tensors)
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset, deque)) and not hasattr(value, "_fields"):
         return _encode_sequence(value, place, tensors)
     return _encode_other(value, place, tensors)
 
 
 def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, torch.Tensor]) -> Json:
-    if all(type(key) is str for key in value) and _TAG not in value:
+    kind = mapping_kind(value)
+    if kind is None:
+        raise _refusal(value, place)
+    if not kind and all(type(key) is str for key in value) and _TAG not in value:
         return {key: encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()}
     keys = [encode(key, f"{place} (a key)", tensors) for key in value]
     values = [encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()]
-    return {_TAG: "dict", "items": [list(pair) for pair in zip(keys, values, strict=True)]}
+    return {_TAG: "dict", **kind, "items": [list(pair) for pair in zip(keys, values, strict=True)]}
 
 
 def _encode_sequence(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
@@ -57,13 +62,15 @@ def _encode_sequence(value: Any, place: str, tensors: dict[str, torch.Tensor]) -
     items = [encode(inner, f"{place}/{index}", tensors) for index, inner in enumerate(members)]
     if isinstance(value, list):
         return items
+    if isinstance(value, deque):
+        return {_TAG: "deque", "maxlen": value.maxlen, "items": items}
     kind = next(kind for kind in (tuple, set, frozenset) if isinstance(value, kind))
     return {_TAG: kind.__name__, "items": items}
 
 
 def _encode_other(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
     if isinstance(value, (bytes, bytearray)):
-        return {_TAG: "bytes", "value": base64.b64encode(value).decode()}
+        return {_TAG: "bytes" if isinstance(value, bytes) else "bytearray", "value": base64.b64encode(value).decode()}
     if isinstance(value, np.ndarray) and _is_plain(value):
         data = np.require(value, requirements=["C", "W"]).reshape(-1).view(np.uint8)
         name = _keep(torch.from_numpy(data), place, tensors)
@@ -74,10 +81,16 @@ def _encode_other(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> J
         return {_TAG: type(value).__name__, "value": str(value).removeprefix("torch.")}
     if isinstance(value, (int, float)):  # subclasses, for instance an IntEnum: their value is what matters
         return encode(int(value) if isinstance(value, int) else float(value), place, tensors)
-    raise UnsaveableStateError(
+    if told := text_of(value):
+        return {_TAG: told[0], "value": told[1]}
+    raise _refusal(value, place)
+
+
+def _refusal(value: Any, place: str) -> UnsaveableStateError:
+    return UnsaveableStateError(
         f"{place} holds a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved: a checkpoint "
         f"holds tensors and plain values (numbers, strings, bytes, arrays; dict, list, tuple, set of these), never "
-        f"pickles. Leave it out of that object's state_dict(), or put plain values in its place."
+        f"pickles. {way_out(value)}"
     )
 
 
@@ -105,6 +118,8 @@ def decode(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
         return json
     if _TAG not in json:
         return {key: decode(value, load) for key, value in json.items()}
+    if json[_TAG] in TEXT_TAGS:
+        return from_text(json[_TAG], json["value"])
     return _DECODERS[json[_TAG]](json, load)
 
 
@@ -117,11 +132,15 @@ _DECODERS: dict[str, Callable[[Json, Callable[[str, str], torch.Tensor]], Any]] 
     "float": lambda json, load: float(json["value"]),
     "tensor": lambda json, load: load(json["name"], json["device"]),
     "ndarray": _decode_array,
-    "dict": lambda json, load: {_key(key, load): decode(value, load) for key, value in json["items"]},
+    "dict": lambda json, load: make_mapping(
+        json, {decode(key, load): decode(value, load) for key, value in json["items"]}
+    ),
+    "deque": lambda json, load: deque((decode(item, load) for item in json["items"]), json["maxlen"]),
     "tuple": lambda json, load: tuple(decode(item, load) for item in json["items"]),
     "set": lambda json, load: {decode(item, load) for item in json["items"]},
     "frozenset": lambda json, load: frozenset(decode(item, load) for item in json["items"]),
     "bytes": lambda json, load: base64.b64decode(json["value"]),
+    "bytearray": lambda json, load: bytearray(base64.b64decode(json["value"])),
     "scalar": lambda json, load: np.frombuffer(base64.b64decode(json["value"]), dtype=np.dtype(json["dtype"]))[0],
     "dtype": lambda json, load: getattr(torch, json["value"]),
     "device": lambda json, load: torch.device(json["value"]),
@@ -138,8 +157,24 @@ def tensor_names(json: Json) -> list[str]:
     return own + [name for value in json.values() for name in tensor_names(value)]
 
 
-def _key(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
-    return decode(json, load)
+def rename_tensors(json: Json, names: Mapping[str, str]) -> Json:
+    """What `encode` made of a value, with other names for some of its tensors."""
+    if isinstance(json, list):
+        return [rename_tensors(item, names) for item in json]
+    if not isinstance(json, dict):
+        return json
+    if json.get(_TAG) in ("tensor", "ndarray"):
+        return {**json, "name": names.get(json["name"], json["name"])}
+    return {key: rename_tensors(value, names) for key, value in json.items()}
+
+
+def holds_only(value: Any, is_leaf: Callable[[Any], bool]) -> bool:
+    """Whether a value is made of such leaves and of dict, list, tuple and set."""
+    if type(value) is dict:
+        return all(holds_only(inner, is_leaf) for pair in value.items() for inner in pair)
+    if type(value) in (list, tuple, set):
+        return all(holds_only(inner, is_leaf) for inner in value)
+    return is_leaf(value)
 
 
 def shown(json: Json) -> Json:

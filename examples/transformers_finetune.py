@@ -2,7 +2,8 @@
 
 New here: `attach`. The model's config and the tokenizer go along with every checkpoint, so that a checkpoint's folder
 is what `from_pretrained` wants; while the run goes on, and whatever is killed. With FSDP2 the folder holds parts of
-tensors, and with LoRA names of PEFT's: `dist-train export` makes of them what goes to others.
+tensors, and with LoRA names of PEFT's: `dist-train export` makes of them what goes to others. `exclude` keeps what LoRA
+leaves as it is out of the checkpoints: the script has it at each start.
 
 The text is Python's own standard library, a byte is a token, and the model is built from a config: nothing is
 downloaded. `--base` begins with the weights of another folder; one of a run that trains will do.
@@ -136,6 +137,7 @@ def main() -> int:
             mixed_precision=args.mixed_precision,
             max_grad_norm=1.0,
             cpu=args.cpu,
+            exclude=("*", "!*lora_*") if args.lora else (),  # the base is there at each start: from --base, or the seed
             checkpoint=dt.CheckpointPolicy(every_steps=20, every_epochs=1, keep_best=1, monitor="val_loss", mode="min"),
         ),
     ).fit()

@@ -6,8 +6,9 @@ is made. The run directory is not changed.
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar, cast
 
 from torch import nn
@@ -23,17 +24,22 @@ from dist_train.console import ByteMeter
 from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StateMismatchError
 from dist_train.state import LiveState
 
+logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module | Mapping[str, nn.Module])
 
 
-def load_model(run_dir: str, checkpoint: str, model: _Model) -> _Model:
+def load_model(run_dir: str, checkpoint: str, model: _Model, *, partial_load: Sequence[str] = ()) -> _Model:
     """Fills a model with the weights and buffers of a checkpoint and returns it.
+
+    What the checkpoint was saved without (`RunOptions.exclude`: a frozen base) stays as it is in the model; a warning
+    says so where it has other values than in the training.
 
     Args:
         run_dir: a run directory.
         checkpoint: `latest`, `best`, `epoch:15`, `step:1200`, or the path of a checkpoint folder.
         model: built as for training; on any device, unwrapped or not. A mapping of names for a run with several
             models; those that are not in it are not loaded.
+        partial_load: patterns of what may differ and then stays as it is; see `RunOptions`.
 
     Raises:
         NoCheckpointError: there is no such checkpoint.
@@ -43,9 +49,14 @@ def load_model(run_dir: str, checkpoint: str, model: _Model) -> _Model:
     opened = open_whole(lambda: find_checkpoint(run_dir, checkpoint), files_for_inference)
     try:
         models = dict(model) if isinstance(model, Mapping) else {"": cast(nn.Module, model)}
-        LiveState(models=models, optimizers={}).restore(opened.manifest.state, {}, opened.reader)
+        live = LiveState(models=models, optimizers={}, partial_load=partial_load)
+        manifest = opened.manifest
+        for note in live.restore_weights(manifest.state, manifest.settings, opened.reader):
+            logger.warning("%s", note)
     except StateMismatchError as error:
-        raise StateMismatchError(f"{opened.path} does not fit the model: {error}. The model is unchanged.") from error
+        raise StateMismatchError(
+            f"{opened.path} does not fit the model: {error}. The model is unchanged.{error.hint}", opened.path
+        ) from error
     finally:
         opened.reader.close()
     return model

@@ -183,7 +183,23 @@ def _progress_pairs(one: Facts) -> dict[str, str]:
         "train loss": "" if one["train_loss"] is None else metric_text("loss", one["train_loss"]),
         "metrics": ", ".join(f"{name} {metric_text(name, value)}" for name, value in one["metrics"].items()),
         "best so far": _best_text(one["best"]),
+        "started from": _origin_text(one["warm_start"]),
+        "left out": _excluded_text(one["exclude"]),
     }
+
+
+def _origin_text(origin: Facts | None) -> str:
+    """Where the weights were from that the run began with."""
+    if origin is None:
+        return ""
+    which = f", step {origin['global_step']} of run {origin['run_id'][:8]}" if "run_id" in origin else ""
+    return f"the weights of {origin['path']}{which}"
+
+
+def _excluded_text(excluded: Facts | None) -> str:
+    if excluded is None:
+        return ""
+    return f"{counted(len(excluded['tensors']), 'tensor')} of the model ({', '.join(excluded['patterns'])})"
 
 
 def _kept_text(one: Facts) -> str:

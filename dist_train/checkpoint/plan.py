@@ -209,19 +209,43 @@ def _box_parts(name: str, tensor: DTensor) -> list[Part]:
 
 
 def _require_plain_kind(name: str, tensor: torch.Tensor) -> None:
+    local = local_part(tensor) if isinstance(tensor, DTensor) else tensor
+    if problem := _problem_of_kind(local):
+        raise UnsaveableStateError(f"{name} {problem}")
+
+
+def _problem_of_kind(tensor: torch.Tensor) -> str:
+    """What keeps a tensor from being saved, and the way out; empty where nothing does."""
+    if tensor.is_quantized:
+        return (
+            f"has dtype {tensor.dtype}: quantized, it cannot train on. Save the model of floats, and quantize a copy."
+        )
+    if tensor.is_nested:
+        return "is a nested tensor, which has no plain bytes to save. Keep its values() and offsets() as two tensors."
+    if tensor.layout != torch.strided:
+        return (
+            f"is a tensor of layout {tensor.layout}, which has no plain bytes to save. Keep its indices and its values "
+            f"as two tensors, or its to_dense()."
+        )
+    if tensor.is_meta:
+        return (
+            "is a tensor on the meta device, which has no bytes to save. Give the model memory and values before the "
+            "Run is made: model.to_empty(device=...), then its initialization."
+        )
     if tensor.dtype not in DTYPE_NAMES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
-        raise UnsaveableStateError(
-            f"{name} has dtype {tensor.dtype}, which safetensors cannot hold. It holds: {known}."
+        pair = "Keep torch.view_as_real(it), and make it complex where it is used" if tensor.is_complex() else ""
+        return (
+            f"has dtype {tensor.dtype}, which safetensors cannot hold. It holds: {known}. "
+            f"{pair or 'Keep its bytes: it.view(torch.uint8)'}."
         )
-    local = local_part(tensor) if isinstance(tensor, DTensor) else tensor
-    if local.layout != torch.strided or local.is_quantized or local.is_meta:
-        kind = "on the meta device" if local.is_meta else f"of layout {local.layout}"
-        raise UnsaveableStateError(f"{name} is a tensor {kind}, which has no plain bytes to save.")
-    if type(local) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        raise UnsaveableStateError(
-            f"{name} is a {type(local).__name__}, a kind of tensor whose bytes are not known to be all there is to it."
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return (
+            f"is a {type(tensor).__name__}, a kind of tensor whose bytes are not known to be all there is to it. Keep "
+            f"plain tensors (it.as_subclass(torch.Tensor), or those that it is made of), and make it of them where it "
+            f"is used."
         )
+    return ""
 
 
 def _placement(tensor: torch.Tensor) -> object:

@@ -22,6 +22,9 @@ from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.tensor_file import DTYPES, Part, read_layout
 from dist_train.errors import CorruptCheckpointError, StateMismatchError
 
+_MAPPED_AT_ONCE_BYTES = 1 << 20
+"""What the kernel may map around the first byte that is touched: a part counts as no less."""
+
 
 class CheckpointReader:
     """Random access to the tensors of one checkpoint; implements `state.TensorSource`."""
@@ -164,7 +167,7 @@ class CheckpointReader:
 
         Small tensors too, once they come to something: a model may have nothing but small ones.
         """
-        self._read_bytes += num_bytes
+        self._read_bytes += max(num_bytes, _MAPPED_AT_ONCE_BYTES)
         if self._read_bytes >= paging.PIECE_BYTES:
             self._read_bytes = 0
             for data in self._maps:

@@ -37,6 +37,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

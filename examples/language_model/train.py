@@ -1,7 +1,8 @@
 """Train a byte-level GPT, from 1 million to 1 billion parameters, on the source of Python's standard library.
 
 New here: a model with tied weights and two parameter groups, sizes that make checkpoints as large as you like, and
-a corpus that needs no network. The metric is val_bits_per_byte: 8 knows nothing, lower is better.
+a corpus that needs no network; with --sharding fsdp no rank holds the whole model. The metric is val_bits_per_byte:
+8 knows nothing, lower is better.
 
     python examples/language_model/train.py
     torchrun --nproc-per-node 2 --max-restarts 3 examples/language_model/train.py
@@ -42,6 +43,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=8, help="windows in one forward pass")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; lower it for larger sizes")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument(
+        "--sharding", choices=("none", "fsdp", "hsdp"), default="none", help="spread the model over ranks"
+    )
     parser.add_argument("--run-dir", help="default: runs/lm-<size>")
     parser.add_argument("--resume", default="auto", help="auto, must, never or the path of a checkpoint")
     parser.add_argument("--checkpoint-every", type=int, help="optimizer updates; default: each epoch and 10 minutes")
@@ -91,6 +95,7 @@ def build_trainer(args: argparse.Namespace) -> dt.Trainer:
             global_batch_size=args.global_batch_size,
             micro_batch_size=args.micro_batch_size,
             mixed_precision=args.mixed_precision,
+            sharding=args.sharding,
             max_grad_norm=1.0,
             seed=args.seed,
             num_workers=args.workers,

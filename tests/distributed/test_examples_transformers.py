@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.checkpoint.exchange import export_checkpoint
+from dist_train.checkpoint.manifest import Manifest
 from tests.support import hugging
 from tests.support.chaos import ChaosPlan
 from tests.support.forked import run_ranks, run_script
@@ -58,5 +59,7 @@ def test_its_adapter_alone_loads_with_peft(sharding: str, tmp_path: Path) -> Non
     run_dir = train_with_a_kill(tmp_path, "--lora", "--sharding", sharding)
     done = export_checkpoint(run_dir, "latest", str(tmp_path / "adapter"), form="peft")
     assert done.num_bytes < 400_000
+    saved = Manifest.from_json((Path(run_dir) / "latest/manifest.json").read_text())
+    assert all("lora_" in name for name in saved.tensors if name.startswith("model/")), "the base is the script's"
     (text,) = run_ranks(hugging.load_example, 1, run_dir, done.path)
     assert text.startswith("import ")

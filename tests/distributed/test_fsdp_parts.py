@@ -89,6 +89,7 @@ def test_gradients_of_a_window_that_was_given_up_are_gone() -> None:
         ("first version", "Give fsdp_version=2", 1),
         ("mixture", "2 trained parameters whose gradients nobody would average", 2),
         ("uneven hosts", r"their hosts have \[3, 3, 3, 1\]", 4),
+        ("half a batch norm", "1 BatchNorm1d, whose weights FSDP2 casts to bf16", 2),
         ("state before the first step", "Adagrad holds state before its first step", 2),
     ],
 )

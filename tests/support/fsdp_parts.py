@@ -153,6 +153,11 @@ def _refused_case(what: str, folder: str) -> None:
     elif what == "uneven hosts":
         os.environ["LOCAL_WORLD_SIZE"] = "3" if int(os.environ["RANK"]) < 3 else "1"
         train(folder, {"sharding": "hsdp"})
+    elif what == "half a batch norm":
+        model.append(nn.BatchNorm1d(1))
+        options: dict[str, Any] = {"mixed_precision": "bf16", "sharding": "fsdp", "cpu": True}
+        config = dt.TrainConfig(run_dir=folder, epochs=1, global_batch_size=8, **options)
+        dt.Trainer(model, optimizer, train_data=Numbered(8), loss=squared_error, config=config)
     elif what == "state before the first step":
         config = dt.TrainConfig(run_dir=folder, epochs=1, global_batch_size=8, cpu=True, sharding="fsdp")
         adagrad = torch.optim.Adagrad(model.parameters())

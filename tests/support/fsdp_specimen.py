@@ -39,11 +39,11 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, batch_norm: bool = True) -> None:
         super().__init__()
         self.inner = nn.Linear(16, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.norm = nn.BatchNorm1d(WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH) if batch_norm else nn.LayerNorm(WIDTH)
         self.outer = nn.Linear(WIDTH, 1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -54,11 +54,12 @@ class Blocks(nn.Module):
         return outputs
 
 
-def build_model() -> Blocks:
+def build_model(precision: str = "no") -> Blocks:
+    """BatchNorm only in full precision: see `dist_train.sharding`."""
     from dist_train.trainer import seed_everything
 
     seed_everything(0)
-    return Blocks()
+    return Blocks(batch_norm=precision == "no")
 
 
 def build_optimizer(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -95,7 +96,7 @@ def main() -> int:
 def train_with_trainer(args: argparse.Namespace) -> int:
     import dist_train as dt
 
-    model = build_model()
+    model = build_model(args.mixed_precision)
     optimizer, scheduler = build_optimizer(model)
     trainer = dt.Trainer(
         model,
@@ -133,7 +134,7 @@ def train_in_own_loop(args: argparse.Namespace) -> int:
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
     )
     accelerator = make_accelerator(plugin, cpu=True, mixed_precision=args.mixed_precision)
-    model = build_model()
+    model = build_model(args.mixed_precision)
     optimizer, scheduler = build_optimizer(model)
     train_set = Augmented(NUM_SAMPLES)
     loader = dt.data_loader(

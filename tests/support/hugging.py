@@ -189,12 +189,14 @@ def load_example(run_dir: str, folder: str) -> str:
     if (Path(folder) / "adapter_config.json").exists():
         from peft import LoraConfig, PeftModel, get_peft_model
 
-        torch.manual_seed(0)  # as the example, whose base comes from nowhere else
         sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 128}
         config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
-        base = AutoModelForCausalLM.from_config(config)
-        model = PeftModel.from_pretrained(base, folder)
-        other = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig.from_pretrained(folder))
+        bases = []
+        for _ in range(2):
+            torch.manual_seed(0)  # as the example, whose base comes from nowhere else
+            bases.append(AutoModelForCausalLM.from_config(config))
+        model = PeftModel.from_pretrained(bases[0], folder)
+        other = get_peft_model(bases[1], LoraConfig.from_pretrained(folder))
     else:
         model = AutoModelForCausalLM.from_pretrained(folder)
         other = AutoModelForCausalLM.from_config(model.config)

@@ -48,14 +48,14 @@ class Watch:
 
 def status() -> dict[str, int]:
     pairs = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {key: int(value.split()[0]) for key, value in pairs if key.startswith(("Rss", "VmHWM"))}
+    return {key: int(value.split()[0]) for key, value in pairs if key.startswith(("Rss", "VmRSS", "VmHWM"))}
 
 
 def build(megabytes: int) -> nn.Module:
     """Layers of just below 1 MiB, hundreds of them, and one of a sixteenth of the whole, as an embedding is."""
     torch.manual_seed(0)
     large = nn.Linear(512, megabytes * 30, bias=False)
-    return nn.ModuleList([large, *(nn.Linear(512, 511) for _ in range(megabytes * 15 // 16))])
+    return nn.Sequential(large, *(nn.Linear(512, 511) for _ in range(megabytes * 15 // 16)))
 
 
 def main() -> int:

@@ -40,6 +40,8 @@ LEVEL_OF_MODULE = {
     "checkpoint.retention": GROUND,
     "checkpoint.parents": GROUND,
     "tree": PARTS,
+    "tagged": PARTS,
+    "each_rank": PARTS,
     "tied": PARTS,
     "capture": PARTS,
     "state": PARTS,

@@ -80,7 +80,15 @@ def test_another_class_of_optimizer_is_refused_whatever_the_patterns_say(run_dir
         train(run_dir, network(), lambda m: torch.optim.SGD(m.parameters(), 0.1), steps=5, partial_load=("*",))
 
 
-@pytest.mark.parametrize(("wrong", "told"), [("head.*", "is the text 'head.*'"), ((3,), "holds 3")])
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("head.*", "is the text 'head.*'"),
+        ((3,), "holds 3"),
+        (("a", "!"), "holds '!'"),
+        (("!a",), "is ('!a',): nothing"),
+    ],
+)
 @pytest.mark.parametrize("name", ["partial_load", "exclude"])
 def test_what_is_no_tuple_of_patterns_is_refused(wrong: Any, told: str, name: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"RunOptions.{name} {told}")):
@@ -141,6 +149,13 @@ def test_a_resume_after_a_partial_load_is_exact_across_kills(run_dir: Path, tmp_
 
 def killed(run_dir: Path, kill_at: int) -> None:
     train(run_dir, network("new_head"), steps=9, kill_at=kill_at, partial_load=HEADS)
+
+
+def test_a_pattern_that_begins_with_an_exclamation_mark_takes_names_out(run_dir: Path) -> None:
+    with pytest.raises(StateMismatchError, match=r"model/adapter.bias is in the model and not"):
+        train(run_dir, network(adapter=True), steps=4, partial_load=("*", "!adapter.bias"))
+    train(run_dir, network(adapter=True), steps=4, partial_load=("*", "!body.*", "!nothing.*"))
+    assert any("!nothing.* matches no tensor" in note for note in notes_of(run_dir))
 
 
 # Several models
