@@ -64,6 +64,8 @@ def places_of(manifest: Manifest, kind: str) -> dict[str, Json]:
 
 def list_left_out(manifest: Manifest) -> list[str]:
     """What the dictionary has no place for, for people."""
+    if "dcp" in manifest.state:
+        return ["all that was saved beside the model"]
     registered = [place.removeprefix("user/") for place in manifest.state if place.startswith("user/")]
     told = [f"the registered {', '.join(registered)}"] if registered else []
     return [*told, "the state of the random generators"] if "rng" not in manifest.absent else told

@@ -112,7 +112,7 @@ def export_checkpoint(
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ConfigError(f"A shard of {max_shard_bytes} bytes holds nothing; give at least 1 byte (5GB is usual).")
     whole = form == "pth" and not weights_only
-    store = open_run(run_dir)
+    store = open_run(run_dir, or_checkpoint=True)
     named = which or best_or_latest(store)
     target = _target(store, named, to, form)
     require_new(target, force=force, is_folder=form in _FOLDERS)

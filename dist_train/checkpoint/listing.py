@@ -58,12 +58,10 @@ def abandoned_lines(rows: Sequence[Facts]) -> list[str]:
     return lines
 
 
-def show_lines(run: Facts, one: Facts) -> list[str]:
-    """All of `show`."""
+def show_lines(run: Facts | None, one: Facts) -> list[str]:
+    """All of `show`; a checkpoint may belong to no run."""
     return [
-        f"Run {run['run_dir']}",
-        *labelled(_run_pairs(run)),
-        "",
+        *([f"Run {run['run_dir']}", *labelled(_run_pairs(run)), ""] if run else []),
         f"Checkpoint {one['path']}",
         *labelled({**_progress_pairs(one), **_settings_pairs(one)}),
         "",

@@ -20,8 +20,12 @@ logger = logging.getLogger(__name__)
 _GIVE = "Give the run_dir of the training, the folder above checkpoints/."
 
 
-def open_run(run_dir: str) -> Store:
+def open_run(run_dir: str, *, or_checkpoint: bool = False) -> Store:
     """The store of an existing run directory.
+
+    Args:
+        or_checkpoint: a checkpoint that belongs to no run (`StorageWriter` wrote it) will do, too; it is its own
+            `latest` then.
 
     Raises:
         StorageError: there is no such directory, or it is not a run's.
@@ -34,12 +38,23 @@ def open_run(run_dir: str) -> Store:
     if not is_directory:
         raise StorageError(f"{run_dir} is a file, expected a directory. {_GIVE}")
     names = store.list()
+    if _is_lone_checkpoint(store):
+        if or_checkpoint:
+            return store
+        raise StorageError(f"{run_dir} is one checkpoint that belongs to no run, expected a run directory. {_GIVE}")
     if MANIFEST_NAME in names:
         above = os.path.dirname(os.path.dirname(os.path.abspath(run_dir)))
         raise StorageError(f"{run_dir} is one checkpoint, expected the run directory, which is {above}.")
     if CHECKPOINTS not in names and RUN_FILE not in names:
         raise StorageError(f"{run_dir} is not a run directory: it holds neither {RUN_FILE} nor {CHECKPOINTS}/. {_GIVE}")
     return store
+
+
+def _is_lone_checkpoint(store: Store) -> bool:
+    """Whether the root is a checkpoint that is in no run's folder of them."""
+    return (
+        store.exists(MANIFEST_NAME) and os.path.basename(os.path.dirname(os.path.realpath(store.root))) != CHECKPOINTS
+    )
 
 
 def find_checkpoints(store: Store) -> list[Found]:
@@ -57,6 +72,8 @@ def select_checkpoint(store: Store, text: str) -> tuple[Store, Found]:
     selector = Selector.parse(text)
     if selector.kind == "path":
         return _locate(store, text)
+    if selector.kind == "latest" and _is_lone_checkpoint(store):
+        return _locate(store, str(store.root))
     found = find_checkpoints(store)
     chosen = select_named(selector, found)
     if chosen is None:

@@ -51,7 +51,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _select(run_dir: str, which: str) -> Side:
-    store, found = select_checkpoint(open_run(run_dir), which)
+    store, found = select_checkpoint(open_run(run_dir, or_checkpoint=True), which)
     if found.manifest is None:
         raise found.problem or NoCheckpointError(f"{store.shown(found.path)} holds no checkpoint.")
     return store, found.path, found.manifest

@@ -70,15 +70,17 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    store = open_run(args.run_dir)
+    store = open_run(args.run_dir, or_checkpoint=True)
     plot = None if args.plot is None else _plot(store, args)
     home, found = select_checkpoint(store, args.checkpoint)
     if found.manifest is None:
         return refuse(f"{found.problem} Choose another one: `dist-train ls {args.run_dir}` lists them.")
-    facts = {"run": describe_run(store), "checkpoint": describe_checkpoint(home, found.path, found.manifest)}
+    run = None if store.exists(MANIFEST_NAME) else describe_run(store)  # a checkpoint that belongs to no run
+    checkpoint = describe_checkpoint(home, found.path, found.manifest)
     if args.json:
+        facts = {"run": run, "checkpoint": checkpoint}
         return print_json(facts if plot is None else {**facts, "plot": plot})
-    print_lines(show_lines(facts["run"], facts["checkpoint"]))
+    print_lines(show_lines(run, checkpoint))
     print_lines([] if plot is None else ["", f"Plot written: {plot}"])
     return ExitCode.OK
 
@@ -92,7 +94,7 @@ def _plot(store: Store, args: argparse.Namespace) -> str:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    store = open_run(args.run_dir)
+    store = open_run(args.run_dir, or_checkpoint=True)
     targets = _targets(store, args)
     width = max(len(_name(found)) for _, found in targets)
     meter = ByteMeter(sum(found.manifest.num_bytes for _, found in targets if found.manifest), sys.stderr)
