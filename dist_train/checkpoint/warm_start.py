@@ -219,6 +219,9 @@ class ForeignWeights:
     def own_name(self, name: str) -> str:
         return name
 
+    def own_names(self, name: str) -> list[str]:
+        return []
+
     def fill(self, name: str, target: torch.Tensor) -> None:
         value = self._tensors[name]
         with torch.no_grad():

@@ -38,6 +38,7 @@ UPDATES = 2
 COUNT = 7.0
 """AdamW's own counter."""
 DEADLINE_SECONDS = 900.0
+_MOST_LOADS = 12
 
 
 class Specimen(nn.Module):
@@ -348,11 +349,19 @@ def try_pairs(pairs: Sequence[tuple[Stand, Stand]], folder: Path) -> dict[tuple[
 
 
 def _blocks(pairs: Sequence[tuple[Stand, Stand]]) -> Iterator[tuple[list[Stand], list[Stand]]]:
-    """Pairs as (sources, targets) to be loaded in one go."""
+    """Pairs as (sources, targets) to be loaded in one go: few, as gloo keeps the threads of every mesh and run of a
+    process, and hundreds of them keep all cores busy.
+    """
     by_sources: dict[tuple[Stand, ...], list[Stand]] = {}
     for target in sorted({target for _, target in pairs}):
         by_sources.setdefault(tuple(source for source, other in pairs if other == target), []).append(target)
-    yield from ((list(sources), targets) for sources, targets in by_sources.items())
+    for sources, targets in by_sources.items():
+        for target in targets:
+            yield from ((list(part), [target]) for part in _batched(sources, _MOST_LOADS))
+
+
+def _batched(items: Sequence[Stand], count: int) -> Iterator[Sequence[Stand]]:
+    return (items[start : start + count] for start in range(0, len(items), count))
 
 
 def all_pairs() -> list[tuple[Stand, Stand]]:
