@@ -417,6 +417,7 @@ first step: at the first save):
 - Parts that are not what their placements say: padded ones, or a DTensor whose shape differs from rank to rank.
 - Ranks that do not lay a tensor out alike: sharded on some and plain on others, or a mesh with its ranks in another
   order on some.
+- Tensors that only some ranks have (the stages of a pipeline). `dcp.save` with `dt.StorageWriter` takes them.
 - On load: plain tensors that an optimizer keeps of each rank's own part (blocks of 8 bits), where the layout has
   changed. Nothing tells how to cut them anew; in the same layout they come back.""".splitlines()
 
