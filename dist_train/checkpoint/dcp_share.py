@@ -150,9 +150,10 @@ class Share:
 def require_plain_kind(key: str, tensor: torch.Tensor) -> None:
     """Raises UnsaveableStateError for a tensor whose bytes are not known to be all there is to it."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        others = "that is quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+        kind = "on the meta device" if tensor.is_meta else others
     elif isinstance(tensor, DTensor):
-        kind = "that is a DTensor inside of another value (flatten_state_dict=True takes dictionaries and lists apart)"
+        kind = "that is a DTensor inside of another value"
     elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         kind = f"of the class {type(tensor).__name__}"
     elif tensor.dtype not in DTYPE_NAMES:

@@ -124,12 +124,15 @@ class Publication:
                 self.store.rename(sealed, self.staging)  # another save's, which may go on
                 raise FileNotFoundError(f"{sealed}/{self._mark()}")
         except FileNotFoundError as error:
-            raise StorageError(
-                f"The save of {self.path} was given up: its folder {self.staging} is gone or another one's. Another "
-                f"save of the same path has begun, or somebody deleted it. One path takes one save at a time."
-            ) from error
+            raise self.overtaken() from error
         self.store.unlink(f"{sealed}/{self._mark()}")
         return sealed
+
+    def overtaken(self) -> StorageError:
+        return StorageError(
+            f"The save of {self.path} was given up: its folder {self.staging} is gone or another one's. Another save "
+            f"of the same path has begun, or somebody deleted it. One path takes one save at a time."
+        )
 
     def publish(self, sealed: str) -> None:
         """Puts a folder whose content is durable in its place. Durable when this returns; the old one is gone then.
