@@ -117,6 +117,8 @@ class StorageReader(dcp.StorageReader):
         for name, one in offer.fragments.items():
             table[one.key].chunks.append(_chunk(one.offsets, opened.manifest.tensors[name].shape))
         table.update({key: BytesStorageMetadata() for key in offer.values})
+        order = offer.planner_data if isinstance(offer.planner_data, dict) else {}
+        table = {key: table[key] for key in (*order, *table) if key in table}  # as it was saved
         meta = StorageMeta(checkpoint_id=self.checkpoint_id, load_id=self._load_id)
         return Metadata(state_dict_metadata=table, planner_data=offer.planner_data, storage_data={}, storage_meta=meta)
 

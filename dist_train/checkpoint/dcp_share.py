@@ -49,6 +49,8 @@ class Receipt:
     """Key -> nested value."""
     fragments: dict[str, Fragment] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
+    is_lost: bool = False
+    """Nothing was written: there was no folder for it any more."""
 
 
 class Share:

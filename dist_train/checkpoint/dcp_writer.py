@@ -47,7 +47,7 @@ Json = Any
 _ABSENT = ["optimizer", "scheduler", "scaler", "rng", "user"]
 """What a run that starts from such a checkpoint does not find where it looks for it."""
 _TAKEN_AWAY = (FileExistsError, FileNotFoundError)
-"""What a rank meets in a staging folder that another save of the same path has put in the place of its own."""
+"""What a rank meets where its staging folder is gone, or is that of another save of the same path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         save, publication = self._save, self._new_publication()
         self._require_one_kind()
         save.before = publication.require_replaceable(overwrite=self.overwrite)
-        with self._told("could not be begun", is_staged=False):
+        with self._told("could not be begun"):
             publication.begin()
         save.publication = publication
         return [replace(plan, storage_data=Seat(rank, len(plans))) for rank, plan in enumerate(plans)]
@@ -154,9 +154,10 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
             with self._told(f"failed on rank {seat.rank}"):
                 receipt = share.write(publication.store, publication.staging)
         except BaseException as error:
-            if not isinstance(error.__cause__, _TAKEN_AWAY):  # the folder is another save's, and stays
+            if not isinstance(error.__cause__, _TAKEN_AWAY):
                 publication.discard(publication.staging)
-            raise
+                raise
+            receipt = Receipt(is_lost=True)  # the folder is another save's, and stays; or another rank tells why
         carried = [receipt, *[None] * (len(sizes) - 1)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(
@@ -174,6 +175,8 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         assert publication is not None
         receipts = [one[0].storage_data for one in results if one]
         with self._told("could not be committed"):
+            if any(one.is_lost for one in receipts):
+                raise publication.overtaken()
             sealed = publication.seal()
             try:
                 manifest = self._manifest(metadata, receipts, len(results))
@@ -218,15 +221,13 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
             )
 
     @contextlib.contextmanager
-    def _told(self, what: str, *, is_staged: bool = True) -> Any:
+    def _told(self, what: str) -> Any:
         """An error of the file system says which checkpoint it hit, and what has become of the one before."""
         try:
             yield
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
-            if is_staged and isinstance(error, _TAKEN_AWAY):
-                raise self._new_publication().overtaken() from error
             help_by = "Free space or raise the quota" if is_out_of_space(error) else "Look at the file system"
             raise StorageError(
                 f"The save of {self._save.path} {what}: {describe_error(error)}. Nothing was published: a checkpoint "

@@ -99,7 +99,11 @@ class Publication:
             )
 
     def begin(self) -> None:
-        """Clears what killed saves of this name have left, and makes the staging folder."""
+        """Clears what killed saves of this name have left, and makes the staging folder.
+
+        Raises:
+            StorageError: another save of this name begins at this very moment.
+        """
         self.store.make_directory("")
         if (place := self.locate()) not in (None, self.name):
             assert place is not None
@@ -108,8 +112,11 @@ class Publication:
         for name in self._beside():
             self.discard(name)
         self._token = secrets.token_hex(8)
-        self.store.make_directory(self.staging, exist_ok=False)
-        self.store.write_new(f"{self.staging}/{self._mark()}", b"")
+        try:
+            self.store.make_directory(self.staging, exist_ok=False)
+            self.store.write_new(f"{self.staging}/{self._mark()}", b"")
+        except (FileExistsError, FileNotFoundError) as error:
+            raise self.overtaken() from error
 
     def seal(self) -> str:
         """Takes the staging folder to a name that no other save knows, and returns that.
@@ -131,7 +138,8 @@ class Publication:
     def overtaken(self) -> StorageError:
         return StorageError(
             f"The save of {self.path} was given up: its folder {self.staging} is gone or another one's. Another save "
-            f"of the same path has begun, or somebody deleted it. One path takes one save at a time."
+            f"of the same path has begun (one path takes one save at a time), somebody deleted it, or the path does "
+            f"not lie in a directory that all nodes share."
         )
 
     def publish(self, sealed: str) -> None:
