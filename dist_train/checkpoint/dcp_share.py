@@ -1,7 +1,7 @@
 """One rank's part of a `dcp.save`: the planner's write items -> safetensors files, streamed, and a receipt.
 
-Invariant: no more than one chunk is in memory besides what the planner holds (of a tensor that is not row-major, a
-chunk's worth of rows). The dtype in a file is that of the data which the planner hands over, whatever it had announced.
+Invariant: no more than one chunk is in memory besides what the planner holds, and of a tensor that is not row-major a
+block of rows. The dtype in a file is that of the data which the planner hands over, whatever it had announced.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dist_train.errors import UnsaveableStateError
 from dist_train.tree import encode
 
 Json = Any
+_BLOCK_BYTES = 1 << 20
 Source = Callable[[], Any]
 """Gives a tensor's data once more."""
 
@@ -229,10 +230,10 @@ def _pieces(layout: FileLayout, sources: Mapping[str, Source]) -> Iterator[torch
 
 
 def _rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Row-major bytes; of a tensor that is laid out otherwise never more than a chunk is copied at a time."""
-    if tensor.is_contiguous() or tensor.nbytes <= CHUNK_BYTES:
+    """Row-major bytes; of a tensor that is laid out otherwise never more than a block is copied at a time."""
+    if tensor.is_contiguous() or tensor.nbytes <= _BLOCK_BYTES:
         yield tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         return
-    rows = CHUNK_BYTES // (tensor.nbytes // tensor.shape[0])
+    rows = _BLOCK_BYTES // (tensor.nbytes // tensor.shape[0])
     for block in tensor.split(rows) if rows else tensor.unbind():
         yield from _rows(block)
