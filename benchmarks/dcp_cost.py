@@ -1,9 +1,9 @@
 """What a `dcp.save` costs with torch's own FileSystemWriter and with StorageWriter, and a `dcp.load` after it.
 
 One process; 600 MB in 60 tensors, and 2000 tensors of 4 kB. All kinds run in turn, in another order each round; medians
-are printed. FileSystemWriter fsyncs its files and no directory; `no fsync` is its `sync_files=False`, which ours does not
-have. `stall` is how long `dcp.async_save` keeps training waiting. `dcp.load` is timed with digests verified (ours alone
-can) and without; its files are in the page cache.
+are printed. FileSystemWriter fsyncs its files and no directory; `no fsync` is its `sync_files=False`, which ours does
+not have. `stall` is how long `dcp.async_save` keeps training waiting. `dcp.load` is timed with digests verified (ours
+alone can) and without; its files are in the page cache.
 
     python benchmarks/dcp_cost.py [--rounds 7] [--folder DIR]
 """
