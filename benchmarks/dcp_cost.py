@@ -3,7 +3,7 @@
 One process; 600 MB in 60 tensors, and 2000 tensors of 4 kB. All kinds run in turn, in another order each round; medians
 are printed. FileSystemWriter fsyncs its files and no directory; `no fsync` is its `sync_files=False`, which ours does
 not have. `stall` is how long `dcp.async_save` keeps training waiting. `dcp.load` is timed with digests verified (ours
-alone can) and without; its files are in the page cache.
+alone can) and without; cold is from the disk, warm from the page cache.
 
     python benchmarks/dcp_cost.py [--rounds 7] [--folder DIR]
 """
@@ -11,6 +11,7 @@ alone can) and without; its files are in the page cache.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import statistics
@@ -56,6 +57,15 @@ class Times:
         return done
 
 
+def forget(folder: Path) -> None:
+    """Takes the files out of the page cache."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def one_round(state: State, folder: Path, times: Times) -> None:
     def in_turn(kinds: Any) -> list[str]:
         return random.sample(list(kinds), len(kinds))
@@ -69,7 +79,9 @@ def one_round(state: State, folder: Path, times: Times) -> None:
     for kind in in_turn(READERS):
         source, make = READERS[kind]
         reader = make(folder / source)
-        times.take(f"{'load':14}{kind}", lambda reader=reader: dcp.load(state, storage_reader=reader))  # type: ignore[misc]
+        forget(folder / source)
+        for what in ("load, cold", "load, warm"):
+            times.take(f"{what:14}{kind}", lambda reader=reader: dcp.load(state, storage_reader=reader))  # type: ignore[misc]
     for kind in in_turn(["torch", "ours"]):
         writer = WRITERS[kind](folder / kind)
         save = times.take(f"{'stall':14}{kind}", lambda writer=writer: dcp.async_save(state, storage_writer=writer))  # type: ignore[misc]
