@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from dist_train.checkpoint.dcp_keys import STATE, key_of
 from dist_train.checkpoint.dcp_share import Receipt, Share
-from dist_train.checkpoint.manifest import MANIFEST_NAME, MODEL_INDEX, FileEntry, Manifest, Progress
+from dist_train.checkpoint.manifest import MANIFEST_NAME, MODEL_INDEX, FileEntry, Manifest, Progress, TensorEntry
 from dist_train.checkpoint.plan import group_of, key_in_file
 from dist_train.checkpoint.publication import REASON, Publication, rank_name
 from dist_train.checkpoint.store import Store, is_out_of_space
@@ -236,9 +236,8 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
 
     def _manifest(self, metadata: Metadata, receipts: list[Receipt], world_size: int) -> Manifest:
         """Raises UnsaveableStateError: the planner's data is no plain value, or what was written is not whole."""
-        tensors = {name: entry for one in receipts for name, entry in one.tensors.items()}
+        tensors = _require_whole(metadata, receipts)
         before = self._save.before
-        _require_whole(metadata, receipts)
         return Manifest(
             run_id=before.run_id if before else uuid.uuid4().hex,
             sequence=before.sequence + 1 if before else 1,
@@ -248,7 +247,7 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
             progress=Progress(),
             files={name: entry for one in receipts for name, entry in one.files.items()},
             tensors=tensors,
-            state={STATE: _kept(metadata, receipts)},
+            state={STATE: _kept(metadata, receipts, tensors)},
             rank_state=[{} for _ in range(world_size)],
             settings={"absent": list(_ABSENT)},
             environment=describe_environment(world_size, torch.device("cpu")),
@@ -257,7 +256,7 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         )
 
 
-def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
+def _kept(metadata: Metadata, receipts: list[Receipt], tensors: Mapping[str, TensorEntry]) -> dict[str, Json]:
     """What torch's planners need of a checkpoint besides its tensors."""
     inner: dict[str, torch.Tensor] = {}
     planner_data = encode(metadata.planner_data, "planner_data", inner)
@@ -268,9 +267,7 @@ def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
         )
     fragments = {name: fragment for one in receipts for name, fragment in one.fragments.items()}
     actual = {
-        fragments[name].key if name in fragments else key_of(name): entry.dtype
-        for one in receipts
-        for name, entry in one.tensors.items()
+        fragments[name].key if name in fragments else key_of(name): entry.dtype for name, entry in tensors.items()
     }
     declared = {
         key: value.properties.dtype
@@ -285,16 +282,22 @@ def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
     }
 
 
-def _require_whole(metadata: Metadata, receipts: list[Receipt]) -> None:
-    """What is acknowledged can be loaded: every key was written, every element of every tensor once, in one dtype."""
+def _require_whole(metadata: Metadata, receipts: list[Receipt]) -> dict[str, TensorEntry]:
+    """What is acknowledged can be loaded: every key was written, every element of every tensor once, in one dtype.
+
+    Returns:
+        the tensors by their stored names, as those ranks have them that hold something of them.
+    """
     missing = metadata.state_dict_metadata.keys() - {key for one in receipts for key in one.keys}
     if missing:
         raise UnsaveableStateError(f"The planner announced {sorted(missing)[:3]} and no rank was given them to write.")
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, TensorEntry] = {}
     written: dict[str, int] = {}
     for rank, receipt in enumerate(receipts):
         for name, entry in receipt.tensors.items():
-            if tensors.setdefault(name, entry) != entry:
+            if not written.get(name) and receipt.written.get(name):
+                tensors[name] = entry
+            elif tensors.setdefault(name, entry) != entry and receipt.written.get(name):
                 raise UnsaveableStateError(
                     f"{key_of(name)!r} is {entry.shape} {entry.dtype} on rank {rank} and {tensors[name].shape} "
                     f"{tensors[name].dtype} on an earlier one; all ranks must hold one tensor."
@@ -307,6 +310,7 @@ def _require_whole(metadata: Metadata, receipts: list[Receipt]) -> None:
                 f"{entry.shape}, each once. Either not all ranks that hold a part of it took part in the save, or the "
                 f"planner gave the same part to several."
             )
+    return tensors
 
 
 def _complete(store: Store, sealed: str, manifest: Manifest, receipts: list[Receipt]) -> None:

@@ -27,6 +27,8 @@ SEALED_PREFIX = ".sealed-"
 REPLACED_PREFIX = ".replaced-"
 _TOKEN = r"[0-9a-f]{16}"
 _RANK = re.compile(rf"(\.saving-|\.(sealed|replaced|trash)-{_TOKEN}-)?rank-\d{{5,}}\Z")
+_LONGEST_NAME = 255 - len(f"{REPLACED_PREFIX}{'0' * 16}-")
+"""Of a folder, so that it can be renamed to its names beside its place."""
 _OURS = re.compile(r".*\.safetensors\Z")
 
 
@@ -65,6 +67,7 @@ class Publication:
         Raises:
             ConfigError: it must stay, or it is not what a save of this kind has written.
         """
+        self._require_movable()
         place = self.locate()
         if place is None:
             return None
@@ -79,6 +82,22 @@ class Publication:
         found = read_checkpoint(self.store, place).manifest if MANIFEST_NAME in names else None
         self._require_ours(names, found)
         return found
+
+    def _require_movable(self) -> None:
+        """The folder is put in its place and taken away by renames, within the folder above."""
+        if os.path.ismount(self.path) or not self.name:
+            raise ConfigError(
+                f"{self.path} is where a file system is mounted, and a checkpoint takes the place of its folder as a "
+                f"whole. Give a folder below it."
+            )
+        with contextlib.suppress(OSError):  # a working directory that is gone
+            if os.path.commonpath([self.path, os.path.realpath(os.getcwd())]) == self.path:
+                raise ConfigError(
+                    f"{self.path} is the working directory or lies above it, and a checkpoint takes the place of its "
+                    f"folder as a whole. Give a folder below it."
+                )
+        if len(os.fsencode(self.name)) > _LONGEST_NAME:
+            raise ConfigError(f"{self.path}: the name of the folder is too long; at most {_LONGEST_NAME} bytes.")
 
     def _require_ours(self, names: list[str], found: Manifest | None) -> None:
         if names and all(_RANK.match(name) for name in names):

@@ -277,7 +277,7 @@ def test_a_save_that_another_one_overtakes_fails_and_never_mixes(tmp_path: Path)
     Store(tmp_path).write_new(f"{first.staging}/x", b"first")
     second.begin()
     Store(tmp_path).write_new(f"{second.staging}/x", b"second")
-    with pytest.raises(dt.DistTrainError, match="One path takes one save at a time"):
+    with pytest.raises(dt.DistTrainError, match="one path takes one save at a time"):
         first.seal()
     assert not (tmp_path / NAME).exists()
     second.publish(second.seal())
@@ -289,6 +289,22 @@ def test_a_link_or_address_that_leads_nowhere_is_refused_before_anything(tmp_pat
     assert "s3://bucket/x is an address" in text
     assert "No path to save to" in refusal(lambda: dcp.save({"a": 1}, storage_writer=dt.StorageWriter()))
     assert "there is no such folder" in refusal(lambda: load(tmp_path))
+
+
+def test_a_folder_that_cannot_change_its_place_is_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/below")
+    for path, words in {".": "is the working directory", tmp_path / "here": "or lies above it", "/": "mounted"}.items():
+        text = refusal(lambda path=path: dcp.save({"a": 1}, storage_writer=dt.StorageWriter(path)))  # type: ignore[misc]
+        assert words in text
+    longest = "x" * 228
+    dcp.save({"a": 1}, storage_writer=dt.StorageWriter(longest))
+    dcp.save({"a": 2}, storage_writer=dt.StorageWriter(longest))
+    assert os.listdir() == [longest]
+    text = refusal(lambda: dcp.save({"a": 1}, storage_writer=dt.StorageWriter(longest + "x")))
+    assert "at most 228 bytes" in text
 
 
 # Damage

@@ -64,6 +64,15 @@ class QuietlyHalvingSave(DefaultSavePlanner):
         return data if write_item.type == WriteItemType.BYTE_IO else data.to(torch.float16)
 
 
+class GivingAway(DefaultSavePlanner):
+    """Keeps nothing that it has handed over, to need less memory."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        data = super().resolve_data(write_item)
+        del self.state_dict[write_item.index.fqn]
+        return data
+
+
 class BalancingSave(DefaultSavePlanner):
     """Of planner.py's docstring: the coordinator's items, dealt out to all ranks."""
 
@@ -139,6 +148,12 @@ def casting_planners(storage: Storage) -> Any:
     return [[storage.load(blank(state), name), storage.everything(name)] for name in ("announced", "quiet")]
 
 
+def each_asked_for_once(storage: Storage) -> Any:
+    planner = GivingAway()
+    storage.save({"w": numbers(30, 4), "t": numbers(5, 6).t(), "e": torch.empty(0), "n": 7}, planner=planner)
+    return [planner.state_dict.keys() - {"e"}, storage.everything()]
+
+
 def noting_planner(storage: Storage) -> Any:
     storage.save({"weight": numbers(2)}, planner=NotingSave())
     return storage.reader().read_metadata().planner_data
@@ -185,6 +200,7 @@ CASES = [
     renaming_planners,
     casting_planners,
     noting_planner,
+    each_asked_for_once,
     materialising_planner,
     on_the_meta_device,
     partial_load,

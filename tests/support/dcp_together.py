@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from tests.support.dcp_planners import BalancingSave, FailingSave
+from tests.support.dcp_planners import BalancingSave, FailingSave, HalvingSave, QuietlyHalvingSave
 from tests.support.dcp_storages import Storage, blank, failures, numbers
 
 
@@ -191,6 +191,18 @@ def nothing_flattened(storage: Storage) -> Any:
     return [local(loaded["w"]), loaded["n"]]
 
 
+def cast_on_the_way(storage: Storage) -> Any:
+    """Announced or not; of the smaller tensor some ranks have nothing."""
+    world = dist.get_world_size()
+    state = {"w": sharded(world, placements=[Shard(0)], shape=(7, 5)), "n": 1}
+    state["small"] = sharded(world, placements=[Shard(0)], shape=(1,))
+    loaded = []
+    for name, planner in (("announced", HalvingSave()), ("quiet", QuietlyHalvingSave())):
+        storage.save(state, name, planner=planner)
+        loaded.append(storage.load({"w": torch.zeros(7, 5), "small": torch.zeros(1), "n": None}, name))
+    return loaded
+
+
 def on_a_sub_mesh(storage: Storage) -> Any:
     """The other ranks have the tensor, and no part of it."""
     mesh = DeviceMesh("cpu", [0, 1])
@@ -268,6 +280,7 @@ CASES = [
     one_replica_saves,
     on_a_sub_mesh,
     nothing_flattened,
+    cast_on_the_way,
     sharded_tensors,
     in_groups,
     another_coordinator,
