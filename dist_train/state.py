@@ -98,6 +98,7 @@ class LiveState:
         self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
         self.scaler = scaler
         self.registered: dict[str, Stateful | EachRank] = {}
+        self._made_at_once = {name for name, optimizer in self.every_optimizer.items() if optimizer.state}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
         self._tolerance = Tolerance(partial_load, self.models)
         self._exclusion = Exclusion(exclude, self._by_place(), self.optimizers)
@@ -183,7 +184,7 @@ class LiveState:
             if (place := _place("optimizer", name)) in state:
                 then = settings.get(f"{place}/own")
                 told.changes |= restore_own(optimizer, place, shared, state[place], then)
-                restore_optimizer(optimizer, names, shared, state[place])
+                restore_optimizer(optimizer, names, shared, state[place], fresh=name in self._made_at_once)
 
     def restore_weights(
         self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource
