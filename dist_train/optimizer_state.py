@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from dist_train.errors import UnsaveableStateError
-from dist_train.tied import storage_key
-from dist_train.tree import decode, encode, holds_only, rename_tensors
+from dist_train.tree import decode, encode, holds_only, share
 
 Json = Any
 CPU = torch.device("cpu")
@@ -177,24 +176,12 @@ def capture_optimizer(
                 f"is not to be trained), or take its state out: `del optimizer.state[tensor]`."
             )
     json = {"groups": groups, "state": state, "loose": encode(loose, f"{place}/~loose", mine)}
-    return _share(json | ({"own": own} if own else {}), mine, tensors)
+    return share(json | ({"own": own} if own else {}), mine, tensors)
 
 
 def _plain(state: Any) -> Any:
     """A parameter's state without a dictionary's kind: that of a `defaultdict(dict)` and the like."""
     return dict(state) if isinstance(state, Mapping) else state
-
-
-def _share(json: Json, mine: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> Json:
-    """Adds tensors; one whose memory is that of a tensor kept before is told by the name of that."""
-    first = {storage_key(tensor): name for name, tensor in reversed(tensors.items())}
-    renamed: dict[str, str] = {}
-    for name, tensor in mine.items():
-        if (earlier := first.setdefault(storage_key(tensor), name)) != name:
-            renamed[name] = earlier
-        else:
-            tensors[name] = tensor
-    return rename_tensors(json, renamed) if renamed else json
 
 
 class Shared:

@@ -59,7 +59,7 @@ from dist_train.schedule import (
     merge_scheduler,
     scheduler_settings,
 )
-from dist_train.tree import decode, encode
+from dist_train.tree import decode, encode_shared
 
 Json = Any
 _ACCELERATED = "AcceleratedOptimizer"
@@ -126,7 +126,7 @@ class LiveState:
             if isinstance(one, EachRank):
                 one.capture(place, capture)
             else:
-                capture.state[place] = encode(one.state_dict(), place, capture.tensors)
+                capture.state[place] = encode_shared(one.state_dict(), place, capture.tensors)
         tie_registered(self.registered, capture)
         capture.rank_state["rng"] = capture_rng()
         return capture

@@ -18,6 +18,7 @@ import torch
 
 from dist_train.errors import UnsaveableStateError
 from dist_train.tagged import TEXT_TAGS, from_text, make_mapping, mapping_kind, text_of, way_out
+from dist_train.tied import storage_key
 
 Json = Any
 _TAG = "$"
@@ -169,6 +170,35 @@ def rename_tensors(json: Json, names: Mapping[str, str]) -> Json:
     return {key: rename_tensors(value, names) for key, value in json.items()}
 
 
+def share(json: Json, mine: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> Json:
+    """Adds the tensors of what `encode` made of a value; one whose memory is that of a tensor kept before is told by
+    the name of that.
+    """
+    first = {storage_key(tensor): name for name, tensor in reversed(tensors.items())}
+    renamed: dict[str, str] = {}
+    for name, tensor in mine.items():
+        if (earlier := first.setdefault(storage_key(tensor), name)) != name:
+            renamed[name] = earlier
+        else:
+            tensors[name] = tensor
+    return rename_tensors(json, renamed) if renamed else json
+
+
+def encode_shared(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
+    """As `encode`; a tensor that the value holds twice has one name, and is one again where that name is loaded once.
+
+    Raises:
+        UnsaveableStateError: see `encode`.
+    """
+    known = set(tensors)
+    json = encode(value, place, tensors)
+    mine = {name: tensors.pop(name) for name in list(tensors) if name not in known}
+    found: dict[str, torch.Tensor] = {}
+    json = share(json, mine, found)
+    tensors |= found
+    return json
+
+
 def holds_only(value: Any, is_leaf: Callable[[Any], bool]) -> bool:
     """Whether a value is made of such leaves and of dict, list, tuple and set."""
     if type(value) is dict:
@@ -235,7 +265,7 @@ def encode_whole(value: Any, place: str) -> Json:
         UnsaveableStateError: see `encode`.
     """
     tensors: dict[str, torch.Tensor] = {}
-    json = encode(value, place, tensors)
+    json = encode_shared(value, place, tensors)
     return {"value": json, "tensors": {name: _whole_tensor(tensor) for name, tensor in tensors.items()}}
 
 
@@ -247,12 +277,15 @@ def _whole_tensor(tensor: torch.Tensor) -> Json:
 
 def decode_whole(json: Json, here: torch.device | None = None) -> Any:
     """The value that `encode_whole` was given; tensors come back on the CPU, or `here` if they lay on such a device."""
-    return decode(
-        json["value"],
-        lambda name, device: _tensor_of(json["tensors"][name]).to(
-            here if here is not None and here.type == device else "cpu"
-        ),
-    )
+    made: dict[str, torch.Tensor] = {}
+
+    def load(name: str, device: str) -> torch.Tensor:
+        if name not in made:
+            where = here if here is not None and here.type == device else "cpu"
+            made[name] = _tensor_of(json["tensors"][name]).to(where)
+        return made[name]
+
+    return decode(json["value"], load)
 
 
 def pack(value: Any, place: str) -> torch.Tensor:
