@@ -14,6 +14,7 @@ import dist_train as dt
 from dist_train.errors import ConfigError, UnsaveableStateError
 from tests.support.kinds import KINDS
 from tests.support.kinds_refused import REFUSED
+from tests.support.kinds_refused_later import REFUSED_LATER
 from tests.support.scripts import differences, everything, train, train_bare
 
 LEFT_AT, UPDATES = 3, 6
@@ -55,3 +56,12 @@ def test_what_cannot_be_kept_is_refused_before_the_first_step_with_the_way_out(n
         train(script, tmp_path / "run", 1)
     assert re.search(REFUSED[name].says, str(caught.value))
     assert stepped == []
+
+
+@pytest.mark.parametrize("name", REFUSED_LATER)
+def test_what_comes_up_in_training_is_refused_by_the_save_and_not_by_the_load(name: str, tmp_path: Path) -> None:
+    script = REFUSED_LATER[name].build()
+    with pytest.raises((UnsaveableStateError, ConfigError)) as caught:
+        train(script, tmp_path / "run", 1)
+    assert re.search(REFUSED_LATER[name].says, str(caught.value))
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")) == []
