@@ -45,9 +45,10 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def first(run_dir: Path, tmp_path: Path) -> Iterator[Background]:
-    """A launch that takes its time, after its second commit."""
+    """A launch that takes its time, after its second commit: its links are set, so that it is in the pause."""
     with Background([*solo(run_dir), "--pause", "1.5"], tmp_path / "first.log") as process:
-        process.wait_until(lambda: "step-00000004" in checkpoint_names(run_dir), "the commit of step 4")
+        latest = run_dir / "latest"
+        process.wait_until(lambda: latest.resolve().name == "step-00000004", "the commit of step 4")
         yield process
 
 

@@ -38,7 +38,8 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(ending: str, code: int, t
 
 def test_an_interrupt_ends_the_workers_and_is_told_by_the_exit_code(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import sys, time\nprint('begun', flush=True)\ntime.sleep(600)\n")
+    begun = "os.write(1, b'begun\\n')"  # one write: the ranks' lines share a pipe
+    script.write_text(f"import os, time\n{begun}\ntime.sleep(600)\n")
     command = [*LAUNCHER, str(script)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     try:
