@@ -173,7 +173,9 @@ REFUSED: dict[str, Refused] = {
     "defaultdict of a lambda in an optimizer": of_optimizer(
         with_table, r"optimizer/~own/table holds a .*dict\(it\)", "`dict(it)`, or a factory such as int"
     ),
-    "parameters of no model": of_optimizer(stranger, r"trains 1 tensors.*run\.register", "register their module"),
+    "parameters of nothing that is saved": of_optimizer(
+        stranger, r"trains 1 tensors.*run\.register", "register their module"
+    ),
     "state of a tensor in no group": of_optimizer(strange_state, r"none of its groups.*lr=0", "a group with `lr=0`"),
     "optimizer given to register": Refused(
         build=simple(registered=twice), says=r"optimizer=\{'main'.*'again'", instead="`optimizer={...}`"

@@ -218,9 +218,9 @@ def ema_step(script: Script, update: int) -> None:
 
 
 SHARDED: dict[str, Callable[[], Script]] = {
-    "GradScaler": scaled,
+    "GradScaler in a plain loop": scaled,
     "torch.compile(model)": simple(lambda: torch.compile(shard(network()), backend="eager"), adamw),  # type: ignore[arg-type,return-value]
-    "compiled parts": of(compiled_layers),
+    "compiled part": of(compiled_layers),
     "activation checkpointing": of(Recomputing),
     "embedding and head tied, the body sharded by itself": simple(tied_around_body, adamw),
     "fp8 weights": simple(lambda: at_once(Float8()), lambda m: optim.AdamW([m.master], lr=0.05)),
@@ -273,6 +273,20 @@ def _save(name: str, run_dir: Path) -> Any:
     found = differences(everything(straight), everything(resumed))
     found += [] if again == losses[LEFT_AT:] else ["the losses"]
     return {"differences": found, "whole": whole}
+
+
+def torch_refuses() -> dict[str, str]:
+    """What torch says, without the library, of what it cannot do sharded; empty where it can."""
+    from tests.support.kinds_torch_refuses import TORCH_REFUSES
+
+    told = {}
+    for name, (build, _) in TORCH_REFUSES.items():
+        try:
+            train_bare(build(), range(1))
+            told[name] = ""
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    return told
 
 
 def load_all(folder: str) -> dict[str, Any]:
