@@ -35,7 +35,7 @@ class BatchFeed:
         accelerator: None for a plain loop, whose every step is an update unless a training loader says otherwise.
     """
 
-    def __init__(self, accelerator: Any | None, device: torch.device, rank: int) -> None:
+    def __init__(self, accelerator: Any | None, device: torch.device) -> None:
         self.micro = _LONE_UPDATE
         """The micro-batch that was given out last."""
         self.in_window = False
@@ -50,7 +50,6 @@ class BatchFeed:
         """Told when such a window was taken from the loader, with its last micro-batch."""
         self._accelerator = accelerator
         self._device = device
-        self._rank = rank
         self._consumed = True
         self._length: int | None = None
         self._windows_are_laid_out = False
@@ -73,13 +72,19 @@ class BatchFeed:
             return self.micro.ends_window
         return self._accelerator is None or bool(self._accelerator.sync_gradients)
 
-    def training_batches(self, loader: Any, layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
-        """The rest of the epoch from the loader's position. The loader's iterator is made at once."""
+    def training_batches(
+        self, loader: Any, layout: EpochLayout, rank: int, should_stop: Callable[[], bool]
+    ) -> Iterator[Any]:
+        """The rest of the epoch from the loader's position. The loader's iterator is made at once.
+
+        Args:
+            rank: the loader's among the layout's; of tensor-parallel ranks several have the same.
+        """
         self._windows_are_laid_out, self._user, self._length = True, None, layout.num_samples
         if self._accelerator is not None:
             self._accelerator.gradient_accumulation_steps = layout.accumulation_steps
             self._accelerator.step = 0  # a position is a window's beginning; an interrupted one may have left a count
-        return self._give_out(iter(loader), layout, should_stop)
+        return self._give_out(iter(loader), layout, rank, should_stop)
 
     def user_batches(self, user: UserLoader, should_stop: Callable[[], bool], *, is_complete: bool) -> Iterator[Any]:
         """The rest of the epoch from the loader's position, which is found at once. An epoch of a loader of unknown
@@ -158,12 +163,14 @@ class BatchFeed:
     def _accumulation_steps(self) -> int:
         return 1 if self._accelerator is None else int(self._accelerator.gradient_accumulation_steps)
 
-    def _give_out(self, batches: Iterator[Any], layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
+    def _give_out(
+        self, batches: Iterator[Any], layout: EpochLayout, rank: int, should_stop: Callable[[], bool]
+    ) -> Iterator[Any]:
         with self._epoch_end() as end:
             for micro_step in range(layout.num_micro_steps):
                 if should_stop():
                     return
-                micro = layout.micro_batch(micro_step, self._rank)
+                micro = layout.micro_batch(micro_step, rank)
                 phases.switch(Phase.DATA)
                 if self.is_left_out(*layout.window_of(micro_step)):
                     next(batches)

@@ -10,6 +10,7 @@ Invariant: whether an epoch is complete is known here and nowhere else. It saves
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from dist_train.metrics import counting_nothing
 from dist_train.order import MicroBatch
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
+from dist_train.world import World
 
 logger = logging.getLogger(__name__)
 Json = Any
@@ -85,13 +87,17 @@ class Intake:
 
     # Saving and restoring
 
-    def fit(self) -> list[str]:
+    def fit(self, world: World) -> list[str]:
         """Ends an epoch whose data has become shorter than the position in it. Returns what to say of that, and of
-        windows that these ranks do not share evenly.
+        windows that these ranks do not share evenly. Collective.
+
+        Raises:
+            ConfigError: the ranks' loaders are not those of one order that is shared out.
         """
         sampler, now = training_sampler(self.loader), self._progress.now
         if sampler is None:
             return []
+        _require_one_order(world.gather([self.describe(), sampler.rank, sampler.world_size], "the training loaders"))
         uneven = [text for text in [sampler.layout.describe_uneven()] if text]
         if not now.samples_into_epoch:
             return uneven
@@ -219,7 +225,7 @@ class Intake:
         assert sampler is not None
         sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
         self.epoch_is_complete = sampler.layout.num_micro_steps == 0
-        return self._feed.training_batches(self.loader, sampler.layout, self._stops_here)
+        return self._feed.training_batches(self.loader, sampler.layout, sampler.rank, self._stops_here)
 
     def _user_batches(self, user: UserLoader) -> Iterator[Any]:
         is_complete = user.is_exhausted or self._progress.now.evaluation == "pending"
@@ -282,3 +288,34 @@ class Intake:
             if not ignored and not self._told_of_filler:
                 self._told_of_filler = True
                 differences.warn_of_filler()
+
+
+def _require_one_order(rows: Sequence[Json]) -> None:
+    """Or the ranks would make different numbers of passes and wait for each other, or leave samples out.
+
+    Args:
+        rows: of each rank, what decides its loader's order, its place among those who share it out, and how many these
+            are.
+    """
+    first, _, sharers = rows[0]
+    for rank, (order, _, count) in enumerate(rows):
+        if count != sharers:
+            raise ConfigError(
+                f"The training loader of rank 0 was made for world_size={sharers} and that of rank {rank} for "
+                f"world_size={count}. Give dist_train.data_loader the same world_size on every rank, or none."
+            )
+        for what in sorted(first.keys() | order.keys()):
+            if order.get(what) != first.get(what):
+                raise ConfigError(
+                    f"The training loaders of the ranks differ: {what} is {first.get(what)!r} on rank 0 and "
+                    f"{order.get(what)!r} on rank {rank}. Give dist_train.data_loader the same dataset and the same "
+                    f"settings on every rank; it shares the samples out by itself."
+                )
+    places = Counter(place for _, place, _ in rows)
+    if len(places) < sharers or len(set(places.values())) > 1:
+        raise ConfigError(
+            f"The training loaders were made for rank={', '.join(str(place) for _, place, _ in rows)} of "
+            f"world_size={sharers}, on {len(rows)} rank{'s' if len(rows) > 1 else ''}: not every share of a batch is "
+            f"trained on equally often. Leave rank and world_size out; or, where several ranks compute one model "
+            f"together (tensor parallel), give the rank and the size of the data-parallel dimension of the mesh."
+        )

@@ -109,6 +109,14 @@ def require_averaged(
             if p.requires_grad and not isinstance(p, DTensor) and id(p) not in averaged
             if not stepped or id(p) in stepped
         ]
+        if alone and not is_sharded(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ConfigError(
+                f"{_title('model', name)} is tensor parallel, and nobody averages the gradients of {len(alone)} plain "
+                f"parameters in it over the {world.world_size} processes ({_some(alone)}). Where all of them get the "
+                f"same batches (dist_train.data_loader(..., rank=0, world_size=1)) these gradients are the same, too: "
+                f"say so by options=RunOptions(own_gradients=True). Where some get others, call "
+                f"torch.distributed.fsdp.fully_shard over those."
+            )
         if alone and is_sharded(model):
             raise ConfigError(
                 f"{_title('model', name)} is sharded by fully_shard, but for {len(alone)} trained parameters whose "

@@ -117,7 +117,7 @@ class Run(Registering):
             self._store, self.world, self._policy, search=self._options.search, clean_steps=clean_steps
         )
         self._checkpointer.on_wait = self._reporter.waiting
-        self._feed = BatchFeed(accelerator, self.device, self.world.rank)
+        self._feed = BatchFeed(accelerator, self.device)
         self._monitoring = Monitoring(self._options, self._checkpointer, self._reporter)
         self._cut = Cut(several=self.world.world_size > 1)
         self._join_parts(loader)
@@ -389,7 +389,7 @@ class Run(Registering):
         if self._begun:
             return
         self._begun = True
-        notes = self._intake.fit()
+        notes = self._intake.fit(self.world)
         self._intake.prepare()
         self._beginning.begin(self._settings()["config"], notes)
         if self._progress.patience_is_over:
