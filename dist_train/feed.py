@@ -9,20 +9,23 @@ Invariant: the position moves when a batch was consumed (`consume`), never when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_train import phases
 from dist_train.data import move_batch
 from dist_train.errors import ConfigError
+from dist_train.open_window import OpenWindow
 from dist_train.order import EpochLayout, MicroBatch
 from dist_train.phases import Phase
 from dist_train.places import Place
 from dist_train.user_loader import UserLoader
+from dist_train.world import World
 
 _LONE_UPDATE = MicroBatch(
     start=0, stop=1, weight=1.0, num_samples=1, window_samples=0, ends_window=True, ends_epoch=False
@@ -34,9 +37,12 @@ class BatchFeed:
 
     Args:
         accelerator: None for a plain loop, whose every step is an update unless a training loader says otherwise.
+        models: those that are trained, by name.
     """
 
-    def __init__(self, accelerator: Any | None, device: torch.device, rank: int) -> None:
+    def __init__(
+        self, accelerator: Any | None, device: torch.device, rank: int, models: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.micro = _LONE_UPDATE
         """The micro-batch that was given out last."""
         self.in_window = False
@@ -53,6 +59,7 @@ class BatchFeed:
         """Told when such a window was taken from the loader, with its last micro-batch."""
         self._accelerator = accelerator
         self._device = device
+        self._open = OpenWindow(models or {})
         self._consumed = True
         self._length: int | None = None
         self._windows_are_laid_out = False
@@ -122,7 +129,15 @@ class BatchFeed:
                 "The window of the global batch is complete, but Accelerate did not synchronise gradients. Put the "
                 "forward and backward pass in `with accelerator.accumulate(model):` and iterate `run.batches(loader)`."
             )
+        if not self.in_window:
+            self._open.close()
         return self.micro
+
+    def must_wait(self, world: World) -> bool:
+        """Whether gradients of a part of a window are accumulated, also of one that the run was not told of, on any
+        rank. Collective.
+        """
+        return self.in_window or world.max([self._open.is_open()], "whether a window of micro-batches is open")[0] > 0
 
     def _give_out_user(
         self, user: UserLoader, batches: Iterator[Any], should_stop: Callable[[], bool]

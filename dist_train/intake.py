@@ -23,7 +23,7 @@ from dist_train.feed import BatchFeed
 from dist_train.ledger import SkipLedger, Unit, Window
 from dist_train.metrics import counting_nothing
 from dist_train.order import MicroBatch
-from dist_train.places import require_shared_out
+from dist_train.places import require_one_order, require_shared_out
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
 from dist_train.world import World
@@ -94,14 +94,16 @@ class Intake:
         windows that these ranks do not share evenly. Collective.
 
         Raises:
-            ConfigError: these ranks do not share the samples out between them.
+            ConfigError: these ranks do not share the samples of one order out between them.
         """
         sampler, now = training_sampler(self.loader), self._progress.now
         if sampler is None:
             return []
         place = sampler.place
-        places = world.gather([place.index, place.count, place.counts], "which samples are whose")
-        require_shared_out(places, world.world_size)
+        told = [[place.index, place.count, place.counts], self.describe()]
+        rows = world.gather(told, "which samples are whose")
+        require_shared_out([row[0] for row in rows], world.world_size)
+        require_one_order([row[1] for row in rows])
         uneven = [text for text in [sampler.layout.describe_uneven()] if text]
         if not now.samples_into_epoch:
             return uneven

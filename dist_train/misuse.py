@@ -124,6 +124,14 @@ def require_averaged(
                 f"model was parallelized, on the dimensions over which samples are divided. A loop that averages the "
                 f"gradients by itself says so: options=RunOptions(own_gradients=True)."
             )
+        if not is_sharded(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ConfigError(
+                f"{_title('model', name)} is tensor parallel, and nobody averages the gradients of {len(alone)} plain "
+                f"parameters in it over the {world.world_size} processes ({_some(alone)}). Where these take the same "
+                f"samples nothing has to be averaged: give dist_train.data_loader the mesh (mesh=), and the Run that "
+                f"loader. Where some take others, call torch.distributed.fsdp.fully_shard over those. A loop that sees "
+                f"to it by itself says so: options=RunOptions(own_gradients=True)."
+            )
         if is_sharded(model):
             raise ConfigError(
                 f"{_title('model', name)} is sharded by fully_shard, but for {len(alone)} trained parameters whose "

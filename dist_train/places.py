@@ -110,6 +110,23 @@ def require_shared_out(places: Sequence[Sequence[int]], world_size: int) -> None
     )
 
 
+def require_one_order(orders: Sequence[Mapping[str, Json]]) -> None:
+    """Raises ConfigError where ranks would make different numbers of passes and wait for each other, or lose samples.
+
+    Args:
+        orders: of each rank, what decides its loader's order.
+    """
+    first = orders[0]
+    for rank, order in enumerate(orders):
+        for what in sorted(first.keys() | order.keys()):
+            if order.get(what) != first.get(what):
+                raise ConfigError(
+                    f"The training loaders of the ranks differ: {what} is {first.get(what)!r} on rank 0 and "
+                    f"{order.get(what)!r} on rank {rank}. Give dist_train.data_loader the same dataset and the same "
+                    f"settings on every rank; it shares the samples out by itself."
+                )
+
+
 def _place_on(mesh: Any, data_dims: str | Sequence[str] | None) -> Place:
     names = tuple(mesh.mesh_dim_names or ())
     chosen = _choose(names, data_dims, tuple(mesh.shape))

@@ -194,17 +194,17 @@ def _by_hand(value: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placeme
         _stride(one.dim % value.dim(), one.split_factor) if isinstance(one, _StridedShard) else one
         for one in placements
     ]
-    local = _as_torch_splits(value, mesh, fixed)
+    local = as_torch_splits(value, mesh, fixed)
     return DTensor.from_local(local, mesh, fixed, run_check=False, shape=value.shape, stride=value.stride())
 
 
-def _as_torch_splits(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> torch.Tensor:
+def as_torch_splits(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> torch.Tensor:
     """What belongs on this rank: torch's own splitting, one dimension of the mesh after the other."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return whole.new_empty(0)
     for index, (count, place) in enumerate(zip(mesh.shape, coordinate, strict=True)):
-        if not isinstance(placements[index], Replicate):
+        if isinstance(placements[index], (Shard, _StridedShard)):
             pieces, _ = placements[index]._split_tensor(whole, count, with_padding=False, contiguous=True)  # type: ignore[attr-defined]
             whole = pieces[place]
     return whole
@@ -267,18 +267,20 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _expected(name: str, tensor: torch.Tensor) -> torch.Tensor:
     whole = value_of(name, tensor)
-    return _as_torch_splits(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
+    return as_torch_splits(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
 
 
 def differences(standing: Standing, *, counters: bool = True) -> list[str]:
     """Names of what is not, bit for bit, what belongs here."""
-    wrong = [name for name, tensor in standing.tensors() if not _same_bits(_local(tensor), _expected(name, tensor))]
+    wrong = [name for name, tensor in standing.tensors() if not same_bits(_local(tensor), _expected(name, tensor))]
     return wrong + [f"a step of {count}" for count in standing.counts() if counters and count != COUNT]
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other) if tensor.numel()]
-    return one.shape == other.shape and one.dtype == other.dtype and (not flat or torch.equal(*flat))
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    flat = [torch.empty(one.numel(), dtype=one.dtype).copy_(tensor.reshape(-1)) for tensor in (one, other)]
+    return torch.equal(*(tensor.view(torch.uint8) for tensor in flat))
 
 
 # On the ranks
@@ -298,7 +300,7 @@ def open_run(run_dir: Path, standing: Standing, resume: str) -> Run:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Another world size is a warning, and nothing new here."""
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -307,7 +309,7 @@ def _quietly() -> Iterator[None]:
 
 def save_all(stands: Sequence[Stand], folder: Path) -> None:
     """On every rank of one world: each stand's run with one checkpoint."""
-    with _quietly():
+    with quietly():
         for stand in stands:
             standing = build(stand, empty=False)
             with open_run(folder / stand.id, standing, "never") as run:
@@ -320,7 +322,7 @@ def save_all(stands: Sequence[Stand], folder: Path) -> None:
 def load_all(stands: Sequence[Stand], sources: Sequence[Stand], folder: Path) -> dict[tuple[str, str], list[str]]:
     """On every rank of one world: what differs here after each stand has resumed from each source."""
     found: dict[tuple[str, str], list[str]] = {}
-    with _quietly():
+    with quietly():
         for stand in stands:
             for source in sources:
                 standing = build(stand, empty=True)

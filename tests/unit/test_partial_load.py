@@ -63,6 +63,18 @@ def test_what_the_message_suggests_is_what_loads(run_dir: Path) -> None:
     train(run_dir, network("new_head", adapter=True), steps=4, partial_load=patterns)
 
 
+def test_weights_of_another_dtype_are_told_as_such_and_no_partial_load_is_suggested(run_dir: Path) -> None:
+    with pytest.raises(StateMismatchError) as caught:
+        train(run_dir, network().bfloat16(), steps=5)
+    assert re.search(r"\d+ of them differ in the dtype alone", str(caught.value))
+    assert "build the model in the checkpoint's (torch.float32)" in str(caught.value)
+    assert "partial_load" not in str(caught.value)
+    mixed = network("new_head")
+    mixed.body.bfloat16()
+    with pytest.raises(StateMismatchError, match=r"2 of them differ in the dtype alone.*partial_load=\('new_head"):
+        train(run_dir, mixed, steps=5)
+
+
 def test_what_no_pattern_matches_stays_strict(run_dir: Path) -> None:
     with pytest.raises(StateMismatchError, match=r"model/adapter.bias is in the model") as caught:
         train(run_dir, network("new_head", adapter=True), steps=5, partial_load=HEADS)
