@@ -104,8 +104,9 @@ LIMITS = """
   of an optimizer. Make a tensor a buffer (`register_buffer(..., persistent=False)` keeps it out of the `state_dict`),
   return the rest from `get_extra_state`, or register the object. `dist-train drill` finds what was forgotten: it kills
   the script and compares.
-- **Containers under two names.** A tensor that two names share is one tensor again; a list, a dictionary or an array
-  comes back as two.
+- **What is under two names.** A tensor that two names of one object share is one tensor again, and so is what a
+  registered module shares with a model. A list, a dictionary or an array comes back as two; so does a tensor of two
+  registered objects, or of one that is no module and a model.
 - **Types made of plain ones.** A subclass of `int`, `str`, `dict`, `list`, `tuple` comes back as the plain type, a
   `Parameter` in a registered object as a tensor. `load_state_dict` makes of it what it should be.
 - **Strides** of buffers that are views: their values come back, laid out as the script's own buffers.
