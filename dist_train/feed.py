@@ -23,6 +23,7 @@ from dist_train.errors import ConfigError
 from dist_train.open_window import OpenWindow
 from dist_train.order import EpochLayout, MicroBatch
 from dist_train.phases import Phase
+from dist_train.places import Place
 from dist_train.user_loader import UserLoader
 from dist_train.world import World
 
@@ -48,6 +49,8 @@ class BatchFeed:
         """Gradients of a part of a window are accumulated; nothing can be saved."""
         self.window_start = 0
         """The first batch of the window at hand, of a training loader of the user's."""
+        self.place = Place(rank, rank + 1)
+        """Which samples of a window are this rank's."""
         self.needs_batch = False
         """The run has a training loader: what is consumed must come from it."""
         self.is_left_out: Callable[[int, int], bool] = lambda first, stop: False
@@ -56,7 +59,6 @@ class BatchFeed:
         """Told when such a window was taken from the loader, with its last micro-batch."""
         self._accelerator = accelerator
         self._device = device
-        self._rank = rank
         self._open = OpenWindow(models or {})
         self._consumed = True
         self._length: int | None = None
@@ -178,7 +180,7 @@ class BatchFeed:
             for micro_step in range(layout.num_micro_steps):
                 if should_stop():
                     return
-                micro = layout.micro_batch(micro_step, self._rank)
+                micro = layout.micro_batch(micro_step, self.place.index)
                 phases.switch(Phase.DATA)
                 if self.is_left_out(*layout.window_of(micro_step)):
                     next(batches)
@@ -198,8 +200,10 @@ class BatchFeed:
 
     def _weighed(self, micro: MicroBatch, layout: EpochLayout) -> MicroBatch:
         """The layout's weight counts on Accelerate's `backward`, which divides by the accumulation; a bare one does
-        not.
+        not. Samples that another rank counts are none here.
         """
+        if not self.place.counts:
+            micro = replace(micro, num_samples=0)
         return micro if self._accelerator else replace(micro, weight=micro.weight / layout.accumulation_steps)
 
     @contextmanager

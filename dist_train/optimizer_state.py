@@ -228,18 +228,31 @@ class Shared:
         return self._made[name]
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], source: Shared, json: Json) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], source: Shared, json: Json, *, fresh: bool = False
+) -> None:
     """Sets `optimizer.state` itself: `load_state_dict` casts state to the parameter's dtype (bf16 loses fp32
     moments).
+
+    Args:
+        fresh: its state is what its constructor made (Adagrad): a parameter that the checkpoint does not know keeps it.
     """
-    optimizer.state.clear()
+    saved: list[tuple[Mapping[str, Any], torch.Tensor, str]] = []
+    left: dict[torch.Tensor, Any] = {}
     for index, group in enumerate(optimizer.param_groups):
         for place_in_group, (name, parameter) in enumerate(
             zip(member_names(index, group, names), group["params"], strict=True)
         ):
             saved_name = name if name in json["state"] else positional_name(index, place_in_group)
             if saved_name in json["state"]:
-                optimizer.state[parameter] = decode(json["state"][saved_name], _state_loader(source, parameter))
+                saved.append((group, parameter, saved_name))
+            elif fresh and json["state"] and parameter in optimizer.state:
+                left[parameter] = optimizer.state[parameter]
+    optimizer.state.clear()
+    optimizer.state.update(left)
+    for settings, parameter, saved_name in saved:
+        loader = _state_loader(source, parameter, step_device(optimizer, settings, parameter))
+        optimizer.state[parameter] = decode(json["state"][saved_name], loader)
     for key, value in decode(json["loose"], loader_beside(optimizer, source)).items():
         optimizer.state[key] = value
     if any(isinstance(one, dict) and isinstance(one.get("step"), (int, float)) for one in optimizer.state.values()):
@@ -275,11 +288,35 @@ def loader_beside(optimizer: torch.optim.Optimizer, source: Shared) -> Any:
     return lambda name, device: source.give(name, here if device == here.type else CPU)
 
 
-def _state_loader(source: Shared, parameter: torch.Tensor) -> Any:
-    """Optimizer state lies where its parameter lies, but for counters that were kept on the CPU."""
-    return lambda name, device: source.give(
-        name, CPU if device == "cpu" and parameter.device.type != "cpu" else parameter.device, like=parameter
-    )
+def step_device(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: torch.Tensor
+) -> torch.device | None:
+    """Where torch's optimizers want a parameter's count of steps to lie; None where it lies as it did.
+
+    It follows from how the optimizer is made now: a fused kernel, or a captured graph, reads it on the device; a plain
+    step reads it on the host, and would wait for the device once a parameter.
+    Source: `Optimizer._process_value_according_to_param_policy`, and what Adam's first step makes (torch 2.13).
+    """
+    flags = [group[key] for key in ("fused", "capturable") if key in group]
+    if any(flags):
+        return parameter.device
+    return CPU if flags and type(optimizer).__module__.startswith("torch.optim") else None
+
+
+def _state_loader(source: Shared, parameter: torch.Tensor, step: torch.device | None) -> Any:
+    """Optimizer state lies where its parameter lies, but for counters that were kept on the CPU.
+
+    Args:
+        step: where the count of steps is to lie; None for where it lay.
+    """
+
+    def load(name: str, device: str) -> torch.Tensor:
+        here = CPU if device == "cpu" and parameter.device.type != "cpu" else parameter.device
+        if step is not None and name.rsplit("/", 1)[-1] == "step":
+            here = step
+        return source.give(name, here, like=parameter)
+
+    return load
 
 
 def compare_groups(

@@ -107,7 +107,7 @@ class Run(Registering):
         misuse.require_one_world(accelerator, self.world)
         misuse.refuse_unsharded(accelerator, self._models, self.world)
         if not self._options.own_gradients:
-            misuse.require_averaged(self._models, self._live.optimizers, self.world)
+            misuse.require_averaged(self._models, self._live.optimizers, self.world, loader)
         self._store = self._options.open_store(self.run_dir)
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
@@ -389,7 +389,7 @@ class Run(Registering):
         if self._begun:
             return
         self._begun = True
-        notes = self._intake.fit()
+        notes = self._intake.fit(self.world)
         self._intake.prepare()
         self._beginning.begin(self._settings()["config"], notes)
         if self._progress.patience_is_over:

@@ -93,6 +93,7 @@ class LiveState:
         self._pairing = Pairing(self.optimizers, self.every_optimizer, self.schedulers)
         self.scaler = scaler
         self.registered: dict[str, Stateful | EachRank] = {}
+        self._made_at_once = {name for name, optimizer in self.every_optimizer.items() if optimizer.state}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
         self._buffers = BufferWatch(self._by_place())
         self._generators = HeldGenerators(self._by_place(), self._movers())
@@ -192,7 +193,7 @@ class LiveState:
             if (place := place_of("optimizer", name)) in state:
                 then = settings.get(f"{place}/own")
                 told.changes |= restore_own(optimizer, place, shared, state[place], then)
-                restore_optimizer(optimizer, names, shared, state[place])
+                restore_optimizer(optimizer, names, shared, state[place], fresh=name in self._made_at_once)
 
     def restore_weights(
         self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import torch
-from torch.serialization import safe_globals
 
 from dist_train.checkpoint.adapters import CONFIG_NAME as ADAPTER_CONFIG
 from dist_train.checkpoint.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
@@ -31,7 +31,7 @@ from dist_train.checkpoint.foreign import ImportOptions, read_foreign
 from dist_train.checkpoint.inference import files_for_inference, find_checkpoint, list_all_files, open_whole
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.outbox import new_file, new_folder, require_new, write_into
-from dist_train.checkpoint.plain_values import REFUSED, plain_numpy
+from dist_train.checkpoint.plain_values import plain_allowed, refused_name
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.selection import best_or_latest, open_run
@@ -46,6 +46,8 @@ from dist_train.checkpoint.weight_files import (
 )
 from dist_train.console import ByteMeter
 from dist_train.errors import ConfigError, CorruptCheckpointError
+from dist_train.exclusion import EXCLUDE, absent_names
+from dist_train.partial import some
 
 Format = Literal["pth", "safetensors", "hf", "peft"]
 FORMATS = ("pth", "safetensors", "hf", "peft")
@@ -140,7 +142,8 @@ def export_checkpoint(
         num_files=count,
         global_step=manifest.progress.global_step,
         epochs_completed=manifest.progress.epochs_completed,
-        left_out=list_left_out(manifest) if whole else _LEFT_OUT[: 2 if form == "peft" else 1],
+        left_out=_list_excluded(manifest, form)
+        + (list_left_out(manifest) if whole else _LEFT_OUT[: 2 if form == "peft" else 1]),
         attached=manifest.attached if form in _FOLDERS else [],
     )
 
@@ -172,7 +175,7 @@ def load_dictionary(path: str) -> Any:
         CorruptCheckpointError: no such file or a damaged one, or one that wants code to be run.
     """
     try:
-        with safe_globals(plain_numpy()), warnings.catch_warnings():
+        with plain_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -188,13 +191,16 @@ def load_dictionary(path: str) -> Any:
 
 def _why_not_loaded(path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "weights_only" not in text and "Weights only" not in text:
+    is_of_torch = _is_of_torch(path)
+    if not is_of_torch or ("weights_only" not in text and "Weights only" not in text):
         why = text.split(". ")[0] or type(error).__name__
+        if not is_of_torch:
+            why = "it does not begin like one"
         if isinstance(error, OSError):  # a seek before its beginning: the number of the error helps nobody
             why = "it ends too early"
         return f"{path} cannot be read as a file of torch.save ({why}). It is damaged, cut short or of another kind."
-    match = REFUSED.search(text)
-    what = f"{match[1]}, which is code of a library or script" if match else "something that is not plain data"
+    name = refused_name(text)
+    what = f"{name}, which is code of a library or script" if name else "something that is not plain data"
     return (
         f"{path} was not loaded: it wants {what}, and loading that would run it; nothing was executed. If you trust "
         f"the file, make plain data of it where it can be loaded, and import that: "
@@ -204,6 +210,23 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         f"others are kept, so that optimizer, scheduler and scaler go on. Where c is the model itself, "
         f"`torch.save(c.state_dict(), 'plain.pth')`."
     )
+
+
+def _list_excluded(manifest: Manifest, form: str) -> list[str]:
+    """What of the model no checkpoint holds, so that the export is no whole model; an adapter's needs none of it."""
+    exclude = manifest.settings.get(EXCLUDE)
+    names = [name.removeprefix("model/") for name in sorted(absent_names(exclude)) if name.startswith("model/")]
+    if exclude is None or not names or form == "peft":
+        return []
+    kept_out = f"exclude={tuple(exclude['patterns'])!r} keeps out of checkpoints"
+    return [f"{len(names)} tensors of the model, which {kept_out} ({some(names)})"]
+
+
+def _is_of_torch(path: str) -> bool:
+    """By how it begins: a zip file, a pickle, or the tar of torch 0.1."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return start == b"PK" or start[:1] == b"\x80" or tarfile.is_tarfile(path)
 
 
 def _target(store: Store, which: str, to: str | None, form: str) -> str:

@@ -62,6 +62,7 @@ LEVEL_OF_MODULE = {
     "fingerprints": PARTS,
     "rng": PARTS,
     "order": PARTS,
+    "places": PARTS,
     "data": PARTS,
     "metrics": PARTS,
     "environment": PARTS,
