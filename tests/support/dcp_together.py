@@ -192,10 +192,11 @@ def nothing_flattened(storage: Storage) -> Any:
 
 
 def cast_on_the_way(storage: Storage) -> Any:
-    """Announced or not; of the smaller tensor some ranks have nothing."""
+    """Announced or not; of the smaller tensor the last rank has all, in a mesh that begins with it."""
     world = dist.get_world_size()
+    backwards = DeviceMesh("cpu", list(reversed(range(world))))
     state = {"w": sharded(world, placements=[Shard(0)], shape=(7, 5)), "n": 1}
-    state["small"] = sharded(world, placements=[Shard(0)], shape=(1,))
+    state["small"] = distribute_tensor(numbers(1), backwards, [Shard(0)])
     loaded = []
     for name, planner in (("announced", HalvingSave()), ("quiet", QuietlyHalvingSave())):
         storage.save(state, name, planner=planner)
