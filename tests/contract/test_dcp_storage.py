@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.dcp_cases import ALONE, IN_PROCESSES, RELAY, TOGETHER, run_all, run_case, run_relay
+from tests.support.dcp_cases import ALONE, IN_PROCESSES, ON_A_GPU, RELAY, TOGETHER, run_all, run_case, run_relay
 from tests.support.dcp_together import load_from_a_run
 from tests.support.forked import run_ranks
 
@@ -62,6 +62,13 @@ def test_one_process_sees_no_difference(case: str, tmp_path: Path) -> None:
     assert_same(results["torch"], results["ours"], case)
     assert orders(results["torch"]) == orders(results["ours"])
     assert results["ours"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_a_gpu_sees_no_difference(case: str, tmp_path: Path) -> None:
+    results = run_case(case, str(tmp_path))
+    assert_same(results["torch"], results["ours"], case)
 
 
 @pytest.fixture(
