@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import dist_train as dt
 from dist_train.capture import Capture
+from dist_train.checkpoint.joint_plan import plan_together
 from dist_train.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, step_name
 from dist_train.checkpoint.plan import make_plan, signature_of
 from dist_train.checkpoint.reader import CheckpointReader
@@ -77,6 +78,7 @@ def measure(folder: Path, tensors: int, rounds: int) -> Times:
     for _ in range(rounds):
         survey = note("save: what ranks tell each other", lambda: take_survey(capture, world))
         note("save: the plan of a rank", partial(make_plan, capture, world.rank, world.world_size, survey))
+        note("save: all plans, seen to fit together", partial(plan_together, capture, world))
         note("save: is the kept plan still right", lambda: signature_of(capture))
     with contextlib.redirect_stdout(io.StringIO()):
         _save_and_load(folder, model, rounds, note)

@@ -23,8 +23,10 @@ from dist_train.feed import BatchFeed
 from dist_train.ledger import SkipLedger, Unit, Window
 from dist_train.metrics import counting_nothing
 from dist_train.order import MicroBatch
+from dist_train.places import require_one_order, require_shared_out
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
+from dist_train.world import World
 
 logger = logging.getLogger(__name__)
 Json = Any
@@ -79,19 +81,29 @@ class Intake:
         """Takes a loader as the run's training loader: one of ours, or the user's own."""
         self.loader = loader
         self._feed.needs_batch = loader is not None
-        if loader is not None and training_sampler(loader) is None:
+        if (sampler := training_sampler(loader)) is not None:
+            self._feed.place = self._progress.place = sampler.place
+        elif loader is not None:
             shield_workers(loader)
             self._user = UserLoader(loader, self._show_replay)
 
     # Saving and restoring
 
-    def fit(self) -> list[str]:
+    def fit(self, world: World) -> list[str]:
         """Ends an epoch whose data has become shorter than the position in it. Returns what to say of that, and of
-        windows that these ranks do not share evenly.
+        windows that these ranks do not share evenly. Collective.
+
+        Raises:
+            ConfigError: these ranks do not share the samples of one order out between them.
         """
         sampler, now = training_sampler(self.loader), self._progress.now
         if sampler is None:
             return []
+        place = sampler.place
+        told = [[place.index, place.count, place.counts], self.describe()]
+        rows = world.gather(told, "which samples are whose")
+        require_shared_out([row[0] for row in rows], world.world_size)
+        require_one_order([row[1] for row in rows])
         uneven = [text for text in [sampler.layout.describe_uneven()] if text]
         if not now.samples_into_epoch:
             return uneven
@@ -103,8 +115,8 @@ class Intake:
         return describe_sampler(self.loader)
 
     def capture(self) -> dict[str, Json]:
-        """This rank's place in a loader of the user's, for `rank_state`."""
-        return {} if self._user is None else {"loader": self._user.capture()}
+        """This rank's place in a loader of the user's, or on a mesh, for `rank_state`."""
+        return self._feed.place.to_json() if self._user is None else {"loader": self._user.capture()}
 
     def restore(self, rows: Sequence[Json], rank: int, world_size: int) -> None:
         """Takes its place from each rank's state in the checkpoint."""
@@ -268,9 +280,9 @@ class Intake:
         return self._joined(batches, sampler) if isinstance(sampler, ShardSampler) else batches
 
     def _joined(self, batches: Iterator[Any], sampler: ShardSampler) -> Iterator[Any]:
-        """With what a rank computes for the others' sake, and does not count."""
+        """With what a rank computes for the others' sake, or as another of its place does, and does not count."""
         for size, batch in zip(sampler.batch_sizes(), batches, strict=False):
-            if size:
+            if size and sampler.place.counts:
                 yield batch
                 continue
             try:
@@ -281,4 +293,4 @@ class Intake:
                 self.batch_counts = True
             if not ignored and not self._told_of_filler:
                 self._told_of_filler = True
-                differences.warn_of_filler()
+                differences.warn_of_uncounted(is_filler=not size)

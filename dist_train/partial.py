@@ -119,8 +119,12 @@ class Tolerance:
         strict = self._strict([*fit.missing, *fit.unexpected, *fit.reshaped], fit)
         if not strict or fit.problems:
             return ""
+        converted = [name for name in strict if name in fit.reshaped and _differs_in_dtype(*fit.reshaped[name])]
+        told = _tell_dtypes([fit.reshaped[name] for name in converted])
+        if len(converted) == len(strict):
+            return told
         given = tuple(dict.fromkeys([*self.patterns, *_cover([plain_name(name, self._models) for name in strict])]))
-        return (
+        return told + (
             f" To load what fits and leave the rest as it is constructed, say what may differ: partial_load={given!r}."
         )
 
@@ -164,6 +168,23 @@ class Tolerance:
         if strict := sorted(name for name in strangers if not matches(name, self.patterns)):
             return [f"{place}: only there or only here are the parameters {some(strict)}"]
         return []
+
+
+def _differs_in_dtype(then: str, now: str) -> bool:
+    """Of the texts in `Fit.reshaped`: a shape and a dtype."""
+    return then.rpartition(" ")[0] == now.rpartition(" ")[0]
+
+
+def _tell_dtypes(pairs: Sequence[tuple[str, str]]) -> str:
+    """A partial load would leave such tensors as they are constructed, which nobody wants of a whole model."""
+    if not pairs:
+        return ""
+    then = sorted({text.rpartition(" ")[2] for text, _ in pairs})
+    return (
+        f" {len(pairs)} of them {'differs' if len(pairs) == 1 else 'differ'} in the dtype alone, and a load converts "
+        f"nothing: build the model in the checkpoint's ({', '.join(then)}). To begin a run with these values in "
+        f"another dtype, load and convert them in the script (from_pretrained(folder, dtype=...), or load_state_dict)."
+    )
 
 
 def _cover(names: Sequence[str]) -> list[str]:

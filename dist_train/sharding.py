@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -80,10 +81,12 @@ def make_trainers_accelerator(
     Raises:
         ConfigError: a unit is not in the model, or hosts have different numbers of ranks.
     """
-    names = _require_units(model, units) if units else find_units(model)
+    if units:
+        _require_units(model, units)
     shape = _mesh_shape(kind, world)
     if shape is None:
         return Accelerator(**options)
+    names = _require_apart(model, units) if units else find_units(model)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap" if names else "no_wrap",
@@ -120,7 +123,8 @@ def prepare(
             f"SGD), or sharding='none'; in a loop of your own call torch.distributed.fsdp.fully_shard, then make the "
             f"optimizer."
         )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    with _in_units_alone(model) if accelerator.is_fsdp2 and _carves_into_units(accelerator, model) else nullcontext():
+        model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
         # As Accelerate does it around autocast. An `output_dtype` would be that of each block, too.
         model.register_forward_hook(lambda module, inputs, outputs: convert_to_fp32(outputs))
@@ -130,12 +134,15 @@ def prepare(
 def find_units(model: nn.Module) -> list[str]:
     """Class names of the blocks that a model is made of: what it says itself (`_no_split_modules` of transformers),
     else what its outermost ModuleLists hold, else its own classes that occur more than once among a Sequential's
-    parts. Without any the model is gathered whole.
+    parts. One that shares a parameter with the rest of the model (tied embeddings) is none. Without any the model is
+    gathered whole.
     """
     present = {type(module).__name__ for module in model.modules()}
-    if told := [name for name in getattr(model, "_no_split_modules", None) or () if name in present]:
-        return sorted(told)
-    return sorted({type(block).__name__ for block in _blocks(model) if _is_unit(block)})
+    found = {name for name in getattr(model, "_no_split_modules", None) or () if name in present}
+    found = found or {type(block).__name__ for block in _blocks(model) if _is_unit(block)}
+    while tied := _shared_beyond(model, found):
+        found -= {unit for unit, _ in tied}
+    return sorted(found)
 
 
 def give_all_ranks_one_start(model: nn.Module, world: World) -> None:
@@ -206,7 +213,7 @@ def _require_computable(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-def _require_units(model: nn.Module, units: Sequence[str]) -> list[str]:
+def _require_units(model: nn.Module, units: Sequence[str]) -> None:
     present = Counter(type(module).__name__ for module in model.modules() if any(True for _ in module.parameters()))
     if missing := [name for name in units if name not in present]:
         held = ", ".join(f"{name} ({count})" for name, count in present.most_common(12))
@@ -214,7 +221,85 @@ def _require_units(model: nn.Module, units: Sequence[str]) -> list[str]:
             f"shard_units names {', '.join(missing)}, and no module of the model with parameters is of such a class; "
             f"there are {held}. Name the class of the model's blocks, or leave shard_units out."
         )
+
+
+def _require_apart(model: nn.Module, units: Sequence[str]) -> list[str]:
+    """FSDP2 gathers a unit's parameters for it alone, which another module that has one of them would not find."""
+    if tied := _shared_beyond(model, units):
+        unit, name = tied[0]
+        raise ConfigError(
+            f"shard_units names {unit}, and {name} belongs to modules inside and outside of one {unit} (it is tied): "
+            f"FSDP2 gathers a unit's parameters for that unit alone. Leave {unit} out of shard_units, or name a class "
+            f"whose modules hold all of its places."
+        )
     return list(units)
+
+
+def _units_of(model: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """The outermost modules of these classes, the model itself aside."""
+    if not names:
+        return []
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += [child] if {kind.__name__ for kind in type(child).__mro__} & {*names} else _units_of(child, names)
+    return found
+
+
+def _shared_beyond(model: nn.Module, names: Collection[str]) -> list[tuple[str, str]]:
+    """(class, parameter) of units that have a parameter in common with what is outside of them."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for one in module.parameters(recurse=False):
+            owners.setdefault(id(one), set()).add(module)
+    keys = {id(one): key for key, one in model.named_parameters()}
+    return [
+        (next(kind.__name__ for kind in type(unit).__mro__ if kind.__name__ in names), keys[id(one)])
+        for unit in _units_of(model, names)
+        for one in unit.parameters()
+        if not owners[id(one)] <= set(unit.modules())
+    ]
+
+
+def _carves_into_units(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether what Accelerate makes units of besides those that it is told of (the input embedding; the final norm
+    with the output embedding) lies in one of them, or shares a parameter with a third module: torch refuses both.
+    """
+    units = _units_of(model, accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or ())
+    inner = {id(module) for unit in units for module in unit.modules() if module is not unit}
+    ends = [one() for name in ("get_input_embeddings", "get_output_embeddings") if (one := getattr(model, name, None))]
+    ends = [one for one in ends if one is not None]
+    held = {id(one) for end in ends for one in end.parameters()}
+    others = [module for module in model.modules() if not any(module is end for end in ends)]
+    shared = any(id(one) in held for module in others for one in module.parameters(recurse=False))
+    norms = _children_of_base(model)
+    return shared or any(id(one) in inner for one in [*ends, *norms])
+
+
+def _children_of_base(model: nn.Module) -> list[nn.Module]:
+    """Where Accelerate looks for the final norm."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else model
+    return [one for one in base.children() if "Norm" in type(one).__name__] if isinstance(base, nn.Module) else []
+
+
+@contextmanager
+def _in_units_alone(model: nn.Module) -> Iterator[None]:
+    """Meanwhile Accelerate finds neither embeddings nor a final norm: they are gathered with the model's root.
+    Source: accelerate 1.15, utils/fsdp_utils.py (fsdp2_prepare_model, _find_final_norm).
+    """
+    hidden: dict[str, Any] = {
+        "get_input_embeddings": lambda: None,
+        "get_output_embeddings": lambda: None,
+        "base_model_prefix": "no such module",
+    }
+    before = {name: vars(model)[name] for name in hidden if name in vars(model)}
+    vars(model).update(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del vars(model)[name]
+        vars(model).update(before)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ from dist_train.checkpoint.weight_files import (
 )
 from dist_train.console import ByteMeter
 from dist_train.errors import ConfigError, CorruptCheckpointError
+from dist_train.exclusion import EXCLUDE, absent_names
+from dist_train.partial import some
 
 Format = Literal["pth", "safetensors", "hf", "peft"]
 FORMATS = ("pth", "safetensors", "hf", "peft")
@@ -139,7 +142,8 @@ def export_checkpoint(
         num_files=count,
         global_step=manifest.progress.global_step,
         epochs_completed=manifest.progress.epochs_completed,
-        left_out=list_left_out(manifest) if whole else _LEFT_OUT[: 2 if form == "peft" else 1],
+        left_out=_list_excluded(manifest, form)
+        + (list_left_out(manifest) if whole else _LEFT_OUT[: 2 if form == "peft" else 1]),
         attached=manifest.attached if form in _FOLDERS else [],
     )
 
@@ -187,8 +191,11 @@ def load_dictionary(path: str) -> Any:
 
 def _why_not_loaded(path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "weights_only" not in text and "Weights only" not in text:
+    is_of_torch = _is_of_torch(path)
+    if not is_of_torch or ("weights_only" not in text and "Weights only" not in text):
         why = text.split(". ")[0] or type(error).__name__
+        if not is_of_torch:
+            why = "it does not begin like one"
         if isinstance(error, OSError):  # a seek before its beginning: the number of the error helps nobody
             why = "it ends too early"
         return f"{path} cannot be read as a file of torch.save ({why}). It is damaged, cut short or of another kind."
@@ -203,6 +210,23 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         f"others are kept, so that optimizer, scheduler and scaler go on. Where c is the model itself, "
         f"`torch.save(c.state_dict(), 'plain.pth')`."
     )
+
+
+def _list_excluded(manifest: Manifest, form: str) -> list[str]:
+    """What of the model no checkpoint holds, so that the export is no whole model; an adapter's needs none of it."""
+    exclude = manifest.settings.get(EXCLUDE)
+    names = [name.removeprefix("model/") for name in sorted(absent_names(exclude)) if name.startswith("model/")]
+    if exclude is None or not names or form == "peft":
+        return []
+    kept_out = f"exclude={tuple(exclude['patterns'])!r} keeps out of checkpoints"
+    return [f"{len(names)} tensors of the model, which {kept_out} ({some(names)})"]
+
+
+def _is_of_torch(path: str) -> bool:
+    """By how it begins: a zip file, a pickle, or the tar of torch 0.1."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return start == b"PK" or start[:1] == b"\x80" or tarfile.is_tarfile(path)
 
 
 def _target(store: Store, which: str, to: str | None, form: str) -> str:

@@ -23,8 +23,8 @@ from tests.support.forked import run_ranks
 
 pytestmark = pytest.mark.distributed
 RANKS = 4
-ROWS, COLUMNS = 64, 1 << 18
-"""64 MB, rows of 1 MB: a quarter of a row is more than a gap that is read along."""
+ROWS, COLUMNS = 4096, 4096
+"""64 MB, rows of 16 kB: what lies between two quarters of rows is three pages."""
 SLACK = 64 << 10
 """Headers, and the edges of ranges."""
 
@@ -88,7 +88,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole tensor, and another that nobody asks for."""
     folder = tmp_path_factory.mktemp("bytes")
     whole = torch.arange(ROWS * COLUMNS, dtype=torch.float32).reshape(ROWS, COLUMNS)
-    write_checkpoint(folder, [Capture(tensors={"model/weight": nn.Parameter(whole).detach(), "model/x": whole[:8]})])
+    write_checkpoint(folder, [Capture(tensors={"model/weight": nn.Parameter(whole).detach(), "model/x": whole[:512]})])
     path = next((folder / FOLDER).glob("model-*.safetensors"))
     drop_cache(path)
     if cached_bytes(path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import carved_models
 from tests.support.forked import run_ranks
 from tests.support.fsdp_parts import drop_window, evaluate, refused, train
 
@@ -96,3 +97,14 @@ def test_gradients_of_a_window_that_was_given_up_are_gone() -> None:
 def test_what_cannot_be_sharded_is_refused_on_every_rank(what: str, told: str, world_size: int, tmp_path: Path) -> None:
     for message in run_ranks(refused, world_size, what, str(tmp_path / "run")):
         assert re.search(told, message), message
+
+
+def test_embeddings_that_accelerate_would_shard_twice_are_gathered_with_the_rest(tmp_path: Path) -> None:
+    sharded = run_ranks(carved_models.train, 2, str(tmp_path), "fsdp")[0]
+    (alone,) = run_ranks(carved_models.train, 1, str(tmp_path), "none")
+    for name, found in sharded.items():
+        assert same_weights(found, alone[name]), name
+        assert found["own"]
+    units = {name: found["units"] for name, found in sharded.items()}
+    assert units["EndInUnit"] == ["Block", "Embeddings"]
+    assert {name for name, one in units.items() if one == ["Block"]} == {"ThreeEnds", "TiedToUnit", "Repeated"}

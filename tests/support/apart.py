@@ -16,6 +16,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim.swa_utils import AveragedModel
 
 import dist_train as dt
@@ -46,6 +48,10 @@ def parts(accelerator: Any) -> dict[str, Callable[[], dict[str, Any]]]:
         fully_shard(model)
         return model
 
+    def tensor_parallel() -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return parallelize_module(net(), mesh, {"0": ColwiseParallel()})
+
     def judge() -> dict[str, Any]:
         one, frozen = accelerator.prepare(net()), net().requires_grad_(False)
         return {"model": {"one": one, "judge": frozen, "average": AveragedModel(net())}, "optimizer": sgd(one)}
@@ -65,6 +71,7 @@ def parts(accelerator: Any) -> dict[str, Callable[[], dict[str, Any]]]:
         "compiled": lambda: of(torch.compile(accelerator.prepare(net())), accelerator=accelerator),
         "inside another module": lambda: of(nn.Sequential(nn.Flatten(), accelerator.prepare(net()))),
         "sharded": lambda: of(sharded()),
+        "tensor parallel": lambda: of(tensor_parallel()),
         "frozen, and an average": lambda: {**judge(), "accelerator": accelerator},
     }
 

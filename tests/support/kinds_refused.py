@@ -117,6 +117,22 @@ def stranger(model: nn.Module) -> optim.Optimizer:
     return optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(7))], lr=0.1)
 
 
+class ZeroRedundancyOptimizer(optim.SGD):
+    """Named as torch's, which needs a process group."""
+
+
+class WithTable(optim.SGD):
+    """Of the user's own, with a table that makes what it lacks."""
+
+    table: Any
+
+
+def with_table(model: nn.Module) -> optim.Optimizer:
+    optimizer = WithTable(model.parameters(), lr=0.1)
+    optimizer.table = defaultdict(lambda: 3)
+    return optimizer
+
+
 def strange_state(model: nn.Module) -> optim.Optimizer:
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[torch.zeros(7)] = {"momentum": torch.zeros(7)}
@@ -155,10 +171,20 @@ REFUSED: dict[str, Refused] = {
         r"Slow .*optimizer=that\.optimizer.*run\.register",
         "the optimizer inside, and the rest registered; or derive it from `torch.optim.Optimizer`",
     ),
+    "ZeroRedundancyOptimizer": of_optimizer(
+        lambda model: ZeroRedundancyOptimizer(model.parameters(), lr=0.1),
+        r"ZeroRedundancyOptimizer .*fsdp_version=2",
+        "FSDP2, or the plain optimizer",
+    ),
     "function in a parameter group": of_optimizer(
         group_of_functions, r"optimizer/settings/0/decay .*a name", "a name that tells which function it is"
     ),
-    "parameters of no model": of_optimizer(stranger, r"trains 1 tensors.*run\.register", "register their module"),
+    "defaultdict of a lambda in an optimizer": of_optimizer(
+        with_table, r"optimizer/~own/table holds a .*dict\(it\)", "`dict(it)`, or a factory such as int"
+    ),
+    "parameters of nothing that is saved": of_optimizer(
+        stranger, r"trains 1 tensors.*run\.register", "register their module"
+    ),
     "state of a tensor in no group": of_optimizer(strange_state, r"none of its groups.*lr=0", "a group with `lr=0`"),
     "optimizer given to register": Refused(
         build=simple(registered=twice), says=r"optimizer=\{'main'.*'again'", instead="`optimizer={...}`"

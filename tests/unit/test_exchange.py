@@ -235,6 +235,12 @@ def test_a_file_of_another_kind_is_named(content: bytes, tmp_path: Path) -> None
         import_checkpoint(str(tmp_path / "old.pth"), str(tmp_path / "run"))
 
 
+def test_a_text_is_not_said_to_want_code(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CorruptCheckpointError, match=r"cannot be read as a file of torch.save \(it does not begin"):
+        import_checkpoint(str(tmp_path / "config.json"), str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -17,6 +17,7 @@ from dist_train.checkpoint.tensor_file import Part
 from dist_train.checkpoint.weight_files import blocks
 from dist_train.cli import main
 from dist_train.errors import ConfigError
+from dist_train.options import RunOptions
 from dist_train.run import Run
 from tests.support.twins import same_bits
 
@@ -139,3 +140,14 @@ def test_a_published_folder_comes_in_with_its_config_and_goes_out_with_it(tmp_pa
     export_checkpoint(str(tmp_path / "again"), "latest", str(tmp_path / "out2"), form="hf")
     for name, data in files.items():
         assert (tmp_path / "out2" / name).read_bytes() == data
+
+
+@pytest.mark.parametrize("form", ["hf", "safetensors", "pth"])
+def test_an_export_says_what_exclude_has_kept_out(form: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with Run(str(tmp_path / "run"), model=model, options=RunOptions(exclude=("0.*",))) as run:
+        for _ in run.epochs(1):
+            run.step()
+    done = export_checkpoint(str(tmp_path / "run"), "latest", str(tmp_path / f"out.{form}"), form=form)  # type: ignore[arg-type]
+    kept_out = "2 tensors of the model, which exclude=('0.*',) keeps out of checkpoints (0.bias, 0.weight)"
+    assert done.left_out[0] == kept_out

@@ -63,6 +63,18 @@ def test_what_the_message_suggests_is_what_loads(run_dir: Path) -> None:
     train(run_dir, network("new_head", adapter=True), steps=4, partial_load=patterns)
 
 
+def test_weights_of_another_dtype_are_told_as_such_and_no_partial_load_is_suggested(run_dir: Path) -> None:
+    with pytest.raises(StateMismatchError) as caught:
+        train(run_dir, network().bfloat16(), steps=5)
+    assert re.search(r"\d+ of them differ in the dtype alone", str(caught.value))
+    assert "build the model in the checkpoint's (torch.float32)" in str(caught.value)
+    assert "partial_load" not in str(caught.value)
+    mixed = network("new_head")
+    mixed.body.bfloat16()
+    with pytest.raises(StateMismatchError, match=r"2 of them differ in the dtype alone.*partial_load=\('new_head"):
+        train(run_dir, mixed, steps=5)
+
+
 def test_what_no_pattern_matches_stays_strict(run_dir: Path) -> None:
     with pytest.raises(StateMismatchError, match=r"model/adapter.bias is in the model") as caught:
         train(run_dir, network("new_head", adapter=True), steps=5, partial_load=HEADS)
@@ -275,6 +287,21 @@ def test_parameters_that_moved_to_a_group_of_their_own_keep_their_state(run_dir:
 # Optimizers whose state has other shapes than their parameters
 
 
+class MadeAtOnce(torch.optim.Optimizer):
+    """As torch's Adagrad was up to 2.12: a step finds the state there, or fails."""
+
+    def __init__(self, parameters: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(parameters, defaults)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["sum"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["sum"].add_(parameter.grad)
+            parameter.sub_(self.state[parameter]["sum"], alpha=0.1)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -283,6 +310,7 @@ def test_parameters_that_moved_to_a_group_of_their_own_keep_their_state(run_dir:
         pytest.param(lambda m: torch.optim.Adagrad(m.parameters(), lr=0.1), id="Adagrad"),
         pytest.param(lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, amsgrad=True, foreach=True), id="amsgrad"),
         pytest.param(lambda m: torch.optim.Rprop(m.parameters(), lr=0.1), id="Rprop"),
+        pytest.param(lambda m: MadeAtOnce(m.parameters(), {"lr": 0.1}), id="state from the constructor"),
     ],
 )
 def test_optimizers_of_every_kind_go_on_with_what_is_left(make: Any, tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ from torch import nn
 from dist_train.errors import ConfigError
 from dist_train.fully_sharded import drop_unreduced_gradients, is_sharded, reshard
 from dist_train.metrics import MAE, Mean, counting_nothing
-from dist_train.sharding import _mesh_shape, find_units, give_all_ranks_one_start, make_trainers_accelerator
+from dist_train.sharding import (
+    _mesh_shape,
+    _require_apart,
+    find_units,
+    give_all_ranks_one_start,
+    make_trainers_accelerator,
+)
 from dist_train.trainer import TrainConfig
 from dist_train.world import SoloWorld
 
@@ -71,6 +77,15 @@ class Told(Listed):
 )
 def test_units_are_what_a_model_says_or_its_blocks(model: nn.Module, units: list[str]) -> None:
     assert find_units(model) == units
+
+
+def test_a_unit_that_is_tied_to_the_rest_is_refused_with_the_parameter() -> None:
+    model = Listed()
+    model.blocks[1].linear.weight = model.blocks[0].linear.weight
+    assert find_units(model) == []
+    with pytest.raises(ConfigError, match=r"names Block, and blocks\.0\.linear\.weight belongs to .* \(it is tied\)"):
+        _require_apart(model, ["Block"])
+    assert _require_apart(model, ["ModuleList"]) == ["ModuleList"]
 
 
 def test_a_unit_that_is_not_in_the_model_is_refused_with_what_there_is() -> None:
