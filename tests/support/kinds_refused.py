@@ -117,6 +117,10 @@ def stranger(model: nn.Module) -> optim.Optimizer:
     return optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(7))], lr=0.1)
 
 
+class ZeroRedundancyOptimizer(optim.SGD):
+    """Named as torch's, which needs a process group."""
+
+
 class WithTable(optim.SGD):
     """Of the user's own, with a table that makes what it lacks."""
 
@@ -166,6 +170,11 @@ REFUSED: dict[str, Refused] = {
         lambda model: Slow(optim.SGD(model.parameters(), lr=0.1)),
         r"Slow .*optimizer=that\.optimizer.*run\.register",
         "the optimizer inside, and the rest registered; or derive it from `torch.optim.Optimizer`",
+    ),
+    "ZeroRedundancyOptimizer": of_optimizer(
+        lambda model: ZeroRedundancyOptimizer(model.parameters(), lr=0.1),
+        r"ZeroRedundancyOptimizer .*fsdp_version=2",
+        "FSDP2, or the plain optimizer",
     ),
     "function in a parameter group": of_optimizer(
         group_of_functions, r"optimizer/settings/0/decay .*a name", "a name that tells which function it is"
