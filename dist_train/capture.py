@@ -27,3 +27,8 @@ class Capture:
     aliases: dict[str, str] = field(default_factory=dict)
     state: dict[str, Json] = field(default_factory=dict)
     rank_state: dict[str, Json] = field(default_factory=dict)
+
+
+def place_of(kind: str, name: str) -> str:
+    """Where something is in a checkpoint: `model`, or `model/critic` of several."""
+    return f"{kind}/{name}" if name else kind

@@ -16,7 +16,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -38,6 +38,7 @@ from dist_train.order import (
     sample_order,
     split,
 )
+from dist_train.places import Place, find_place
 
 _DECIDED_HERE: Final = {"batch_size", "sampler", "batch_sampler", "shuffle", "drop_last", "generator", "in_order"}
 _ORPHAN_SECONDS: Final = 2.0  # how often a worker looks whether its parent is still there
@@ -75,24 +76,22 @@ class ResumableSampler(Sampler[list[SampleKey]]):
         micro_batch_size: int,
         shuffle: bool,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = Place(),  # noqa: B008  # frozen
         drop_last: bool = False,
         order: OrderFunction | None = None,
     ) -> None:
-        """Starts at epoch 0, sample 0. Raises ConfigError for sizes, a rank or an order that cannot work."""
-        _require_rank(rank, world_size)
+        """Starts at epoch 0, sample 0. Raises ConfigError for sizes or an order that cannot work."""
         self._layout = EpochLayout(
             num_samples=num_samples,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
-            world_size=world_size,
+            world_size=place.count,
             drop_last=drop_last,
         )
         self._given = None if order is None else GivenOrder(order, num_samples)
         self.num_samples, self.shuffle, self.seed, self.drop_last = num_samples, shuffle, seed, drop_last
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.place = place
         self.set_position(epoch=0)
 
     def set_position(self, *, epoch: int, samples_into_epoch: int = 0) -> None:
@@ -133,7 +132,7 @@ class ResumableSampler(Sampler[list[SampleKey]]):
         keys_at = self._keys_of(epoch)
         for first in range(0, layout.num_micro_steps, _STEPS_PER_BLOCK):
             steps = range(first, min(first + _STEPS_PER_BLOCK, layout.num_micro_steps))
-            batches = [layout.micro_batch(step, self.rank) for step in steps]
+            batches = [layout.micro_batch(step, self.place.index) for step in steps]
             keys = keys_at(np.concatenate([np.arange(batch.start, batch.stop) for batch in batches]))
             for batch in batches:
                 yield [next(keys) for _ in range(batch.start, batch.stop)]
@@ -152,18 +151,18 @@ class ResumableSampler(Sampler[list[SampleKey]]):
 
 
 class ShardSampler(Sampler[list[SampleKey]]):
-    """A rank's contiguous shard of range(num_samples) in batches: unpadded, sizes of shards differ by at most one.
+    """A place's contiguous shard of range(num_samples) in batches: unpadded, sizes of shards differ by at most one.
 
     All ranks have the same number of batches, which share a shard evenly, but for those that have no sample left for
     the last one (a batch size of 1, or fewer samples than ranks).
     """
 
-    def __init__(self, num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        """Raises ConfigError for sizes, or a rank, that cannot work."""
-        require_at_least_one(num_samples=num_samples, batch_size=batch_size, world_size=world_size)
-        _require_rank(rank, world_size)
-        shard = split(num_samples, rank, world_size)
-        passes = -(-len(split(num_samples, 0, world_size)) // batch_size)
+    def __init__(self, num_samples: int, *, batch_size: int, place: Place = Place()) -> None:  # noqa: B008  # frozen
+        """Raises ConfigError for sizes that cannot work."""
+        require_at_least_one(num_samples=num_samples, batch_size=batch_size)
+        self.place = place
+        shard = split(num_samples, place.index, place.count)
+        passes = -(-len(split(num_samples, 0, place.count)) // batch_size)
         parts = [split(len(shard), at, passes) for at in range(passes)]
         self._batches = [shard[part.start : part.stop] for part in parts]
         self._filler = range(min(shard.start, num_samples - 1), min(shard.start, num_samples - 1) + 1)
@@ -298,6 +297,8 @@ def data_loader(
     seed: int = 0,
     num_workers: int = 0,
     drop_last: bool = False,
+    mesh: Any | None = None,
+    data_dims: str | Sequence[str] | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     **loader_options: Any,
@@ -315,6 +316,10 @@ def data_loader(
         seed: Of the order, and of the randomness in samples and collation.
         num_workers: Processes that make samples; it does not change them.
         drop_last: Leave out an epoch's last update if it is short; otherwise it is weighted by its samples.
+        mesh: The `DeviceMesh` of all ranks, where some of them share a copy of the model (tensor parallel): they take
+            the same samples, and others different ones.
+        data_dims: Names of the mesh's dimensions over which samples are divided; None for those of `dp`,
+            `dp_replicate` and `dp_shard` that it has.
         rank: Together with `world_size`; None asks torch.distributed, then RANK and WORLD_SIZE, then it is 0 of 1.
         world_size: See `rank`.
         **loader_options: Of `torch.utils.data.DataLoader`, but those that would decide the order.
@@ -322,17 +327,16 @@ def data_loader(
     Raises:
         ConfigError: A dataset without length or without samples, a size below 1, or options that contradict.
     """
-    rank, world_size = _resolve_world(rank, world_size)
+    place = find_place(rank, world_size, mesh, data_dims)
     if order is not None and shuffle:
         raise ConfigError("order and shuffle=True contradict: let order(epoch) return the indices shuffled.")
     sampler = ResumableSampler(
         _count_samples(dataset),
         global_batch_size=global_batch_size,
-        micro_batch_size=-(-global_batch_size // world_size) if micro_batch_size is None else micro_batch_size,
+        micro_batch_size=-(-global_batch_size // place.count) if micro_batch_size is None else micro_batch_size,
         shuffle=order is None and shuffle is not False,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
+        place=place,
         drop_last=drop_last,
         order=order,
     )
@@ -345,18 +349,21 @@ def evaluation_loader(
     batch_size: int,
     seed: int = 0,
     num_workers: int = 0,
+    mesh: Any | None = None,
+    data_dims: str | Sequence[str] | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     **loader_options: Any,
 ) -> DataLoader[Any]:
-    """A DataLoader that gives each sample exactly once over all ranks: in order, unpadded, a contiguous shard a rank.
+    """A DataLoader that gives each sample exactly once over all ranks: in order, unpadded, a contiguous shard a rank
+    (with `mesh`: a place on it, whose first rank counts).
 
     A rank may have a batch less than the others, or none at all, so no collective of the loop's may depend on one; a
     run whose model is sharded sees to that (see `Run.batch_counts`). `loader.batch_sampler` is a `ShardSampler`;
     samples are seeded as in epoch 0. Arguments and errors are those of `data_loader`; `batch_size` is a rank's.
     """
-    rank, world_size = _resolve_world(rank, world_size)
-    sampler = ShardSampler(_count_samples(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
+    place = find_place(rank, world_size, mesh, data_dims)
+    sampler = ShardSampler(_count_samples(dataset), batch_size=batch_size, place=place)
     return _seeded_loader(dataset, sampler, seed, num_workers, loader_options)
 
 
@@ -386,22 +393,6 @@ def _count_samples(dataset: Dataset[Any]) -> int:
     return len(dataset)
 
 
-def _require_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} is outside a world of {world_size}; ranks count from 0")
-
-
-def _resolve_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise ConfigError(f"rank and world_size belong together, found rank={rank}, world_size={world_size}")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    _require_rank(rank, world_size)
-    return rank, world_size
-
-
 def training_sampler(loader: Any) -> ResumableSampler | None:
     """The sampler of a loader that `data_loader` made, None for any other loader.
 
@@ -422,6 +413,8 @@ def describe_sampler(loader: Any) -> dict[str, Any]:
     sampler = training_sampler(loader)
     keys = ("num_samples", "global_batch_size", "micro_batch_size", "shuffle", "seed", "drop_last", "order")
     found = {} if sampler is None else {key: getattr(sampler, key) for key in keys}
+    if sampler is not None and sampler.place.ranks is not None:
+        found["places"] = sampler.place.count
     return {key: value for key, value in found.items() if value is not None}
 
 

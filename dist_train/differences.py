@@ -73,11 +73,21 @@ def warn_of_no_loader() -> None:
     )
 
 
-def warn_of_filler() -> None:
-    logger.warning(
+def warn_of_uncounted(*, is_filler: bool) -> None:
+    """
+    Args:
+        is_filler: a batch without a sample of this rank's; otherwise another rank of its place on the mesh counts it.
+    """
+    why = (
         "This rank has no sample left for a batch of the evaluation, in which every rank takes part because the model "
-        "is sharded: it was given a sample that is counted elsewhere. Metrics of dist_train leave it out; a loop that "
-        "adds up by itself counts a batch only `if run.batch_counts`."
+        "is sharded: it was given a sample that is counted elsewhere."
+        if is_filler
+        else "This rank shares its samples with others of the mesh, the first of which counts those of the evaluation."
+    )
+    logger.warning(
+        "%s Metrics of dist_train count nothing here; a loop that adds up by itself counts a batch only `if "
+        "run.batch_counts`.",
+        why,
     )
 
 
@@ -135,10 +145,11 @@ def _compare_orders(then: Json, today: Json) -> dict[str, tuple[Json, Json]]:
 
 
 def _with_accumulation(config: Mapping[str, Json], world_size: int) -> dict[str, Json]:
-    data = {key: value for key, value in config.get("data", {}).items() if key != "order"}
+    data = {key: value for key, value in config.get("data", {}).items() if key not in ("order", "places")}
     if not {"global_batch_size", "micro_batch_size"} <= data.keys():
         return data
-    steps = -(-data["global_batch_size"] // (data["micro_batch_size"] * world_size))
+    places = config["data"].get("places", world_size)
+    steps = -(-data["global_batch_size"] // (data["micro_batch_size"] * places))
     return {**data, "accumulation_steps": steps}
 
 

@@ -6,15 +6,13 @@ Invariant: a rank gets back what it had itself; one that the checkpoint knows no
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from dist_train.capture import Capture
 from dist_train.checkpoint.manifest import digest_of
+from dist_train.generators import KINDS, GeneratorState
 from dist_train.optimizer_state import CPU, TensorSource
 from dist_train.tree import pack, tensor_names, unpack
 from dist_train.world import World
@@ -24,34 +22,6 @@ Json = Any
 OF_EACH_RANK = {"each_rank": True}
 """What stands in `state` for such an object."""
 _SMALL_BYTES = 1 << 14
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-
-
-class GeneratorState:
-    """A random generator as an object with a state_dict; it is set where it lies, since others may hold it, too."""
-
-    def __init__(self, generator: Any) -> None:
-        self.generator = generator
-
-    def state_dict(self) -> dict[str, Any]:
-        if isinstance(self.generator, torch.Generator):
-            return {"torch": self.generator.get_state()}
-        if isinstance(self.generator, np.random.Generator):
-            return {"numpy": self.generator.bit_generator.state}
-        if isinstance(self.generator, np.random.RandomState):
-            return {"legacy": self.generator.get_state(legacy=False)}
-        version, words, gauss = self.generator.getstate()
-        return {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if isinstance(self.generator, torch.Generator):
-            self.generator.set_state(state["torch"])
-        elif isinstance(self.generator, np.random.Generator):
-            self.generator.bit_generator.state = state["numpy"]
-        elif isinstance(self.generator, np.random.RandomState):
-            self.generator.set_state(state["legacy"])
-        else:
-            self.generator.setstate((state["version"], tuple(map(int, state["words"])), state["gauss"]))
 
 
 class EachRank:
@@ -128,6 +98,6 @@ def _is_small(tensor: torch.Tensor) -> bool:
 
 def adapt(one: Any, *, each_rank: bool) -> Any:
     """What is registered in place of an object: as it is, or of each rank."""
-    if isinstance(one, _GENERATORS):
+    if isinstance(one, KINDS):
         return EachRank(GeneratorState(one))
     return EachRank(one) if each_rank else one

@@ -6,6 +6,7 @@ A difference is a warning, never silence and never an error.
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -47,6 +48,7 @@ def inexact_reasons(device: torch.device) -> list[str]:
     return []
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -9,19 +9,23 @@ Invariant: the position moves when a batch was consumed (`consume`), never when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_train import phases
 from dist_train.data import move_batch
 from dist_train.errors import ConfigError
+from dist_train.open_window import OpenWindow
 from dist_train.order import EpochLayout, MicroBatch
 from dist_train.phases import Phase
+from dist_train.places import Place
 from dist_train.user_loader import UserLoader
+from dist_train.world import World
 
 _LONE_UPDATE = MicroBatch(
     start=0, stop=1, weight=1.0, num_samples=1, window_samples=0, ends_window=True, ends_epoch=False
@@ -33,15 +37,20 @@ class BatchFeed:
 
     Args:
         accelerator: None for a plain loop, whose every step is an update unless a training loader says otherwise.
+        models: those that are trained, by name.
     """
 
-    def __init__(self, accelerator: Any | None, device: torch.device) -> None:
+    def __init__(
+        self, accelerator: Any | None, device: torch.device, rank: int, models: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.micro = _LONE_UPDATE
         """The micro-batch that was given out last."""
         self.in_window = False
         """Gradients of a part of a window are accumulated; nothing can be saved."""
         self.window_start = 0
         """The first batch of the window at hand, of a training loader of the user's."""
+        self.place = Place(rank, rank + 1)
+        """Which samples of a window are this rank's."""
         self.needs_batch = False
         """The run has a training loader: what is consumed must come from it."""
         self.is_left_out: Callable[[int, int], bool] = lambda first, stop: False
@@ -50,6 +59,7 @@ class BatchFeed:
         """Told when such a window was taken from the loader, with its last micro-batch."""
         self._accelerator = accelerator
         self._device = device
+        self._open = OpenWindow(models or {})
         self._consumed = True
         self._length: int | None = None
         self._windows_are_laid_out = False
@@ -72,19 +82,13 @@ class BatchFeed:
             return self.micro.ends_window
         return self._accelerator is None or bool(self._accelerator.sync_gradients)
 
-    def training_batches(
-        self, loader: Any, layout: EpochLayout, rank: int, should_stop: Callable[[], bool]
-    ) -> Iterator[Any]:
-        """The rest of the epoch from the loader's position. The loader's iterator is made at once.
-
-        Args:
-            rank: the loader's among the layout's; of tensor-parallel ranks several have the same.
-        """
+    def training_batches(self, loader: Any, layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
+        """The rest of the epoch from the loader's position. The loader's iterator is made at once."""
         self._windows_are_laid_out, self._user, self._length = True, None, layout.num_samples
         if self._accelerator is not None:
             self._accelerator.gradient_accumulation_steps = layout.accumulation_steps
             self._accelerator.step = 0  # a position is a window's beginning; an interrupted one may have left a count
-        return self._give_out(iter(loader), layout, rank, should_stop)
+        return self._give_out(iter(loader), layout, should_stop)
 
     def user_batches(self, user: UserLoader, should_stop: Callable[[], bool], *, is_complete: bool) -> Iterator[Any]:
         """The rest of the epoch from the loader's position, which is found at once. An epoch of a loader of unknown
@@ -125,7 +129,15 @@ class BatchFeed:
                 "The window of the global batch is complete, but Accelerate did not synchronise gradients. Put the "
                 "forward and backward pass in `with accelerator.accumulate(model):` and iterate `run.batches(loader)`."
             )
+        if not self.in_window:
+            self._open.close()
         return self.micro
+
+    def must_wait(self, world: World) -> bool:
+        """Whether gradients of a part of a window are accumulated, also of one that the run was not told of, on any
+        rank. Collective.
+        """
+        return self.in_window or world.max([self._open.is_open()], "whether a window of micro-batches is open")[0] > 0
 
     def _give_out_user(
         self, user: UserLoader, batches: Iterator[Any], should_stop: Callable[[], bool]
@@ -163,14 +175,12 @@ class BatchFeed:
     def _accumulation_steps(self) -> int:
         return 1 if self._accelerator is None else int(self._accelerator.gradient_accumulation_steps)
 
-    def _give_out(
-        self, batches: Iterator[Any], layout: EpochLayout, rank: int, should_stop: Callable[[], bool]
-    ) -> Iterator[Any]:
+    def _give_out(self, batches: Iterator[Any], layout: EpochLayout, should_stop: Callable[[], bool]) -> Iterator[Any]:
         with self._epoch_end() as end:
             for micro_step in range(layout.num_micro_steps):
                 if should_stop():
                     return
-                micro = layout.micro_batch(micro_step, rank)
+                micro = layout.micro_batch(micro_step, self.place.index)
                 phases.switch(Phase.DATA)
                 if self.is_left_out(*layout.window_of(micro_step)):
                     next(batches)
@@ -190,8 +200,10 @@ class BatchFeed:
 
     def _weighed(self, micro: MicroBatch, layout: EpochLayout) -> MicroBatch:
         """The layout's weight counts on Accelerate's `backward`, which divides by the accumulation; a bare one does
-        not.
+        not. Samples that another rank counts are none here.
         """
+        if not self.place.counts:
+            micro = replace(micro, num_samples=0)
         return micro if self._accelerator else replace(micro, weight=micro.weight / layout.accumulation_steps)
 
     @contextmanager

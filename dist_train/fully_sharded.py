@@ -46,6 +46,23 @@ def drop_unreduced_gradients(model: nn.Module) -> None:
                     parameter._unsharded_param.grad = None
 
 
+def holds_unreduced_gradients(model: nn.Module) -> bool:
+    """Whether gradients of a window of accumulated micro-batches wait for its last one."""
+    return any(
+        group._partial_reduce_output is not None
+        or any(_unreduced(parameter) is not None for parameter in group.fsdp_params)
+        for part in sharded_parts(model)
+        for group in _groups(part)
+    )
+
+
+def _unreduced(parameter: Any) -> Any:
+    """In the dtype in which it is summed, or where the whole parameter has it."""
+    whole = getattr(parameter, "_unsharded_param", None)
+    waiting = parameter.unsharded_accumulated_grad
+    return waiting if waiting is not None or whole is None else whole.grad
+
+
 def _groups(part: Any) -> Iterator[Any]:
     state = part._get_fsdp_state()
     found = getattr(state, "_fsdp_param_groups", None)

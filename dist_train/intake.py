@@ -10,7 +10,6 @@ Invariant: whether an epoch is complete is known here and nowhere else. It saves
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from dist_train.feed import BatchFeed
 from dist_train.ledger import SkipLedger, Unit, Window
 from dist_train.metrics import counting_nothing
 from dist_train.order import MicroBatch
+from dist_train.places import require_one_order, require_shared_out
 from dist_train.progress import RunProgress
 from dist_train.user_loader import UserLoader
 from dist_train.world import World
@@ -81,7 +81,9 @@ class Intake:
         """Takes a loader as the run's training loader: one of ours, or the user's own."""
         self.loader = loader
         self._feed.needs_batch = loader is not None
-        if loader is not None and training_sampler(loader) is None:
+        if (sampler := training_sampler(loader)) is not None:
+            self._feed.place = self._progress.place = sampler.place
+        elif loader is not None:
             shield_workers(loader)
             self._user = UserLoader(loader, self._show_replay)
 
@@ -92,12 +94,16 @@ class Intake:
         windows that these ranks do not share evenly. Collective.
 
         Raises:
-            ConfigError: the ranks' loaders are not those of one order that is shared out.
+            ConfigError: these ranks do not share the samples of one order out between them.
         """
         sampler, now = training_sampler(self.loader), self._progress.now
         if sampler is None:
             return []
-        _require_one_order(world.gather([self.describe(), sampler.rank, sampler.world_size], "the training loaders"))
+        place = sampler.place
+        told = [[place.index, place.count, place.counts], self.describe()]
+        rows = world.gather(told, "which samples are whose")
+        require_shared_out([row[0] for row in rows], world.world_size)
+        require_one_order([row[1] for row in rows])
         uneven = [text for text in [sampler.layout.describe_uneven()] if text]
         if not now.samples_into_epoch:
             return uneven
@@ -109,8 +115,8 @@ class Intake:
         return describe_sampler(self.loader)
 
     def capture(self) -> dict[str, Json]:
-        """This rank's place in a loader of the user's, for `rank_state`."""
-        return {} if self._user is None else {"loader": self._user.capture()}
+        """This rank's place in a loader of the user's, or on a mesh, for `rank_state`."""
+        return self._feed.place.to_json() if self._user is None else {"loader": self._user.capture()}
 
     def restore(self, rows: Sequence[Json], rank: int, world_size: int) -> None:
         """Takes its place from each rank's state in the checkpoint."""
@@ -225,7 +231,7 @@ class Intake:
         assert sampler is not None
         sampler.set_position(epoch=now.epoch, samples_into_epoch=now.samples_into_epoch)
         self.epoch_is_complete = sampler.layout.num_micro_steps == 0
-        return self._feed.training_batches(self.loader, sampler.layout, sampler.rank, self._stops_here)
+        return self._feed.training_batches(self.loader, sampler.layout, self._stops_here)
 
     def _user_batches(self, user: UserLoader) -> Iterator[Any]:
         is_complete = user.is_exhausted or self._progress.now.evaluation == "pending"
@@ -274,9 +280,9 @@ class Intake:
         return self._joined(batches, sampler) if isinstance(sampler, ShardSampler) else batches
 
     def _joined(self, batches: Iterator[Any], sampler: ShardSampler) -> Iterator[Any]:
-        """With what a rank computes for the others' sake, and does not count."""
+        """With what a rank computes for the others' sake, or as another of its place does, and does not count."""
         for size, batch in zip(sampler.batch_sizes(), batches, strict=False):
-            if size:
+            if size and sampler.place.counts:
                 yield batch
                 continue
             try:
@@ -287,35 +293,4 @@ class Intake:
                 self.batch_counts = True
             if not ignored and not self._told_of_filler:
                 self._told_of_filler = True
-                differences.warn_of_filler()
-
-
-def _require_one_order(rows: Sequence[Json]) -> None:
-    """Or the ranks would make different numbers of passes and wait for each other, or leave samples out.
-
-    Args:
-        rows: of each rank, what decides its loader's order, its place among those who share it out, and how many these
-            are.
-    """
-    first, _, sharers = rows[0]
-    for rank, (order, _, count) in enumerate(rows):
-        if count != sharers:
-            raise ConfigError(
-                f"The training loader of rank 0 was made for world_size={sharers} and that of rank {rank} for "
-                f"world_size={count}. Give dist_train.data_loader the same world_size on every rank, or none."
-            )
-        for what in sorted(first.keys() | order.keys()):
-            if order.get(what) != first.get(what):
-                raise ConfigError(
-                    f"The training loaders of the ranks differ: {what} is {first.get(what)!r} on rank 0 and "
-                    f"{order.get(what)!r} on rank {rank}. Give dist_train.data_loader the same dataset and the same "
-                    f"settings on every rank; it shares the samples out by itself."
-                )
-    places = Counter(place for _, place, _ in rows)
-    if len(places) < sharers or len(set(places.values())) > 1:
-        raise ConfigError(
-            f"The training loaders were made for rank={', '.join(str(place) for _, place, _ in rows)} of "
-            f"world_size={sharers}, on {len(rows)} rank{'s' if len(rows) > 1 else ''}: not every share of a batch is "
-            f"trained on equally often. Leave rank and world_size out; or, where several ranks compute one model "
-            f"together (tensor parallel), give the rank and the size of the data-parallel dimension of the mesh."
-        )
+                differences.warn_of_uncounted(is_filler=not size)

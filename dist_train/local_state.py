@@ -28,15 +28,14 @@ def set_apart(capture: Capture, place: str, optimizer: torch.optim.Optimizer, na
     json = capture.state[place]
     apart: dict[str, Json] = {}
     for name, parameter in _members(optimizer, names):
-        layout = layout_of(parameter)
-        if layout is None or name not in json["state"]:
+        if not _is_cut(parameter) or name not in json["state"]:
             continue
         found = [one for one in _tensor_names(json["state"][name]) if _is_apart(capture, place, one)]
         for one in found:
             if one in capture.tensors:
                 capture.per_rank[one] = capture.tensors.pop(one)
-        if found:
-            apart[name] = {"layout": layout, "shape": list(parameter.shape), "tensors": found}
+        if found:  # of what is seldom: asking torch for a mesh's ranks takes as long as all the rest of a capture
+            apart[name] = {"layout": layout_of(parameter), "shape": list(parameter.shape), "tensors": found}
     if apart:
         json["apart"] = apart
 
@@ -65,13 +64,20 @@ def compare_apart(
 
 def layout_of(parameter: torch.Tensor) -> Json:
     """How a parameter is spread, in words that are the same on all ranks; None where every rank holds all of it."""
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or not _is_cut(parameter):
         return None
     mesh, placements = parameter.device_mesh, [_placement_text(one) for one in parameter.placements]
-    if all(text == "replicate" or size == 1 for text, size in zip(placements, mesh.shape, strict=True)):
-        return None
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     return {"world_size": world_size, "mesh": list(mesh.shape), "strides": _strides(mesh), "placements": placements}
+
+
+def _is_cut(parameter: torch.Tensor) -> bool:
+    """Whether ranks hold different parts of it."""
+    if not isinstance(parameter, DTensor):
+        return False
+    sizes = parameter.device_mesh.shape
+    pairs = zip(parameter.placements, sizes, strict=True)
+    return any(not isinstance(placement, Replicate) and size > 1 for placement, size in pairs)
 
 
 def _strides(mesh: DeviceMesh) -> list[int]:

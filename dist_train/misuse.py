@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.capture import Capture
+from dist_train.data import training_sampler
 from dist_train.errors import ConfigError, RunInUseError
 from dist_train.fully_sharded import is_sharded, reshard
 from dist_train.model_state import clean_name
+from dist_train.places import Place
 from dist_train.tied import storage_key
 from dist_train.world import World
 
@@ -90,34 +92,47 @@ def refuse_unsharded(accelerator: Any | None, models: Mapping[str, nn.Module], w
 
 
 def require_averaged(
-    models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], world: World
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], world: World, loader: Any = None
 ) -> None:
     """Raises ConfigError for a model that is trained on several ranks and whose gradients nothing averages over them.
 
     Args:
         models: as the Run was given them. A frozen one, and an average that no optimizer moves, need nothing.
         optimizers: innermost; without any, every parameter that takes a gradient counts as trained.
+        loader: one of ours knows which ranks train on the same samples: nothing has to be averaged over these.
     """
     stepped = {id(p) for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
-    for name, model in models.items() if world.world_size > 1 else ():
+    sampler = training_sampler(loader)
+    place = Place(world.rank, world.world_size) if sampler is None else sampler.place
+    for name, model in models.items() if place.count > 1 else ():
         averaged = {
             id(p) for part in model.modules() if isinstance(part, DistributedDataParallel) for p in part.parameters()
         }
         alone = [
             key
             for key, p in model.named_parameters()
-            if p.requires_grad and not isinstance(p, DTensor) and id(p) not in averaged
+            if p.requires_grad and not _is_spread(p, place) and id(p) not in averaged
             if not stepped or id(p) in stepped
         ]
-        if alone and not is_sharded(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+        if not alone:
+            continue
+        if place.ranks is not None:
+            raise ConfigError(
+                f"{_title('model', name)} ({type(model).__name__}) is trained on samples of its own at each of the "
+                f"{place.count} places of the mesh, and nobody averages the gradients over these ({_some(alone)}): "
+                f"each would train apart. Call torch.distributed.fsdp.fully_shard(model, mesh=mesh['dp']) after the "
+                f"model was parallelized, on the dimensions over which samples are divided. A loop that averages the "
+                f"gradients by itself says so: options=RunOptions(own_gradients=True)."
+            )
+        if not is_sharded(model) and any(isinstance(p, DTensor) for p in model.parameters()):
             raise ConfigError(
                 f"{_title('model', name)} is tensor parallel, and nobody averages the gradients of {len(alone)} plain "
-                f"parameters in it over the {world.world_size} processes ({_some(alone)}). Where all of them get the "
-                f"same batches (dist_train.data_loader(..., rank=0, world_size=1)) these gradients are the same, too: "
-                f"say so by options=RunOptions(own_gradients=True). Where some get others, call "
-                f"torch.distributed.fsdp.fully_shard over those."
+                f"parameters in it over the {world.world_size} processes ({_some(alone)}). Where these take the same "
+                f"samples nothing has to be averaged: give dist_train.data_loader the mesh (mesh=), and the Run that "
+                f"loader. Where some take others, call torch.distributed.fsdp.fully_shard over those. A loop that sees "
+                f"to it by itself says so: options=RunOptions(own_gradients=True)."
             )
-        if alone and is_sharded(model):
+        if is_sharded(model):
             raise ConfigError(
                 f"{_title('model', name)} is sharded by fully_shard, but for {len(alone)} trained parameters whose "
                 f"gradients nobody would average over the {world.world_size} processes ({_some(alone)}): each would "
@@ -125,14 +140,20 @@ def require_averaged(
                 f"requires_grad_(False), or, where the loop averages their gradients itself, say so: "
                 f"options=RunOptions(own_gradients=True)."
             )
-        if alone:
-            raise ConfigError(
-                f"{_title('model', name)} ({type(model).__name__}) was not given to accelerator.prepare: its gradients "
-                f"would not be averaged over the {world.world_size} processes, which would train apart "
-                f"({_some(alone)}). Give the Run what accelerator.prepare returns (or DistributedDataParallel, or a "
-                f"model after fully_shard), and call that in the loop. A loop that averages the gradients by itself "
-                f"says so: options=RunOptions(own_gradients=True)."
-            )
+        raise ConfigError(
+            f"{_title('model', name)} ({type(model).__name__}) was not given to accelerator.prepare: its gradients "
+            f"would not be averaged over the {world.world_size} processes, which would train apart "
+            f"({_some(alone)}). Give the Run what accelerator.prepare returns (or DistributedDataParallel, or a "
+            f"model after fully_shard), and call that in the loop. A loop that averages the gradients by itself "
+            f"says so: options=RunOptions(own_gradients=True)."
+        )
+
+
+def _is_spread(parameter: torch.Tensor, place: Place) -> bool:
+    """Whether it lies on ranks that train on other samples, too: its gradients are averaged there."""
+    if not isinstance(parameter, DTensor):
+        return False
+    return place.ranks is None or not set(parameter.device_mesh.mesh.reshape(-1).tolist()) <= set(place.ranks)
 
 
 def require_used_right(*, entered: bool, in_epoch: bool = True, call: str) -> None:

@@ -70,10 +70,11 @@ def clean_name(name: str) -> str:
 
 
 def keeps_own_buffers(model: nn.Module) -> bool:
-    """Whether nobody makes buffers equal on all ranks: DDP only where it is told not to, fully_shard never does."""
+    """Whether nobody makes buffers equal on all ranks: DDP only where it is told not to, fully_shard never does.
+    Training may make the first one.
+    """
     ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    apart = not getattr(model, "broadcast_buffers", True) if ddp else is_sharded(model)
-    return apart and any(not isinstance(buffer, DTensor) for buffer in model.buffers())
+    return not getattr(model, "broadcast_buffers", True) if ddp else is_sharded(model)
 
 
 def capture_model(

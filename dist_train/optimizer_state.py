@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dist_train.errors import UnsaveableStateError
-from dist_train.tied import storage_key
-from dist_train.tree import decode, encode, holds_only, rename_tensors
+from dist_train.tagged import text_of
+from dist_train.tree import decode, encode, holds_only, share
 
 Json = Any
 CPU = torch.device("cpu")
@@ -107,7 +108,9 @@ def has_groups_of(optimizer: torch.optim.Optimizer, other: Any) -> bool:
 
 
 def own_values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Attributes that a class of the user's keeps beside its state: numbers, texts, tensors, and such of them."""
+    """Attributes that a class of the user's keeps beside its state: tensors, arrays and plain values, and dictionaries,
+    lists and the like of these.
+    """
     if type(optimizer).__module__.startswith("torch."):
         return {}
     return {key: value for key, value in vars(optimizer).items() if key not in _OF_TORCH and holds_only(value, _is_own)}
@@ -116,7 +119,8 @@ def own_values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def _is_own(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return not isinstance(value, torch.nn.Parameter) and not value.requires_grad
-    return value is None or isinstance(value, (bool, int, float, str))
+    plain = (bool, int, float, str, bytes, bytearray, np.ndarray, np.generic)
+    return value is None or isinstance(value, plain) or text_of(value) is not None
 
 
 def own_settings(optimizer: torch.optim.Optimizer, place: str) -> dict[str, Json]:
@@ -126,7 +130,7 @@ def own_settings(optimizer: torch.optim.Optimizer, place: str) -> dict[str, Json
 
 
 def _has_tensor(value: Any) -> bool:
-    return not holds_only(value, lambda leaf: not isinstance(leaf, torch.Tensor))
+    return not holds_only(value, lambda leaf: not isinstance(leaf, (torch.Tensor, np.ndarray)))
 
 
 def positional_name(group: int, place: int) -> str:
@@ -177,24 +181,21 @@ def capture_optimizer(
                 f"is not to be trained), or take its state out: `del optimizer.state[tensor]`."
             )
     json = {"groups": groups, "state": state, "loose": encode(loose, f"{place}/~loose", mine)}
-    return _share(json | ({"own": own} if own else {}), mine, tensors)
+    more = {"own": own, "told": encode(_told(optimizer), f"{place}/~told", mine)}
+    return share(json | {key: value for key, value in more.items() if value}, mine, tensors)
+
+
+def _told(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a class of the user's adds to its state_dict."""
+    kind = type(optimizer)
+    if kind.__module__.startswith("torch.") or kind.state_dict is torch.optim.Optimizer.state_dict:
+        return {}
+    return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
 
 
 def _plain(state: Any) -> Any:
     """A parameter's state without a dictionary's kind: that of a `defaultdict(dict)` and the like."""
     return dict(state) if isinstance(state, Mapping) else state
-
-
-def _share(json: Json, mine: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> Json:
-    """Adds tensors; one whose memory is that of a tensor kept before is told by the name of that."""
-    first = {storage_key(tensor): name for name, tensor in reversed(tensors.items())}
-    renamed: dict[str, str] = {}
-    for name, tensor in mine.items():
-        if (earlier := first.setdefault(storage_key(tensor), name)) != name:
-            renamed[name] = earlier
-        else:
-            tensors[name] = tensor
-    return rename_tensors(json, renamed) if renamed else json
 
 
 class Shared:
@@ -214,23 +215,42 @@ class Shared:
         return self._made[name]
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], source: Shared, json: Json) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], source: Shared, json: Json, *, fresh: bool = False
+) -> None:
     """Sets `optimizer.state` itself: `load_state_dict` casts state to the parameter's dtype (bf16 loses fp32
     moments).
+
+    Args:
+        fresh: its state is what its constructor made (Adagrad): a parameter that the checkpoint does not know keeps it.
     """
-    optimizer.state.clear()
+    saved: list[tuple[Mapping[str, Any], torch.Tensor, str]] = []
+    left: dict[torch.Tensor, Any] = {}
     for index, group in enumerate(optimizer.param_groups):
         for place_in_group, (name, parameter) in enumerate(
             zip(member_names(index, group, names), group["params"], strict=True)
         ):
             saved_name = name if name in json["state"] else positional_name(index, place_in_group)
             if saved_name in json["state"]:
-                optimizer.state[parameter] = decode(json["state"][saved_name], _state_loader(source, parameter))
+                saved.append((group, parameter, saved_name))
+            elif fresh and json["state"] and parameter in optimizer.state:
+                left[parameter] = optimizer.state[parameter]
+    optimizer.state.clear()
+    optimizer.state.update(left)
+    for settings, parameter, saved_name in saved:
+        loader = _state_loader(source, parameter, step_device(optimizer, settings, parameter))
+        optimizer.state[parameter] = decode(json["state"][saved_name], loader)
     for key, value in decode(json["loose"], loader_beside(optimizer, source)).items():
         optimizer.state[key] = value
     if any(isinstance(one, dict) and isinstance(one.get("step"), (int, float)) for one in optimizer.state.values()):
         # torch's own repair of what an older torch has saved: a count that is no tensor would never move.
         optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+
+
+def restore_told(optimizer: torch.optim.Optimizer, source: Shared, json: Json) -> None:
+    """Through the class's own load_state_dict, which takes a whole one: before the state is set as it was."""
+    if told := json.get("told"):
+        optimizer.load_state_dict({**optimizer.state_dict(), **decode(told, loader_beside(optimizer, source))})
 
 
 def restore_own(
@@ -255,11 +275,35 @@ def loader_beside(optimizer: torch.optim.Optimizer, source: Shared) -> Any:
     return lambda name, device: source.give(name, here if device == here.type else CPU)
 
 
-def _state_loader(source: Shared, parameter: torch.Tensor) -> Any:
-    """Optimizer state lies where its parameter lies, but for counters that were kept on the CPU."""
-    return lambda name, device: source.give(
-        name, CPU if device == "cpu" and parameter.device.type != "cpu" else parameter.device, like=parameter
-    )
+def step_device(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: torch.Tensor
+) -> torch.device | None:
+    """Where torch's optimizers want a parameter's count of steps to lie; None where it lies as it did.
+
+    It follows from how the optimizer is made now: a fused kernel, or a captured graph, reads it on the device; a plain
+    step reads it on the host, and would wait for the device once a parameter.
+    Source: `Optimizer._process_value_according_to_param_policy`, and what Adam's first step makes (torch 2.13).
+    """
+    flags = [group[key] for key in ("fused", "capturable") if key in group]
+    if any(flags):
+        return parameter.device
+    return CPU if flags and type(optimizer).__module__.startswith("torch.optim") else None
+
+
+def _state_loader(source: Shared, parameter: torch.Tensor, step: torch.device | None) -> Any:
+    """Optimizer state lies where its parameter lies, but for counters that were kept on the CPU.
+
+    Args:
+        step: where the count of steps is to lie; None for where it lay.
+    """
+
+    def load(name: str, device: str) -> torch.Tensor:
+        here = CPU if device == "cpu" and parameter.device.type != "cpu" else parameter.device
+        if step is not None and name.rsplit("/", 1)[-1] == "step":
+            here = step
+        return source.give(name, here, like=parameter)
+
+    return load
 
 
 def compare_groups(

@@ -23,6 +23,7 @@ from dist_train.errors import ConfigError
 from dist_train.history import fold_metrics, read_lines
 from dist_train.metrics import EarlyStopping, LossMeter, is_better
 from dist_train.order import MicroBatch
+from dist_train.places import Place, describe_ranks, row_like, row_of
 from dist_train.world import World
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class RunProgress:
         self.train_loss: float | None = None
         self.best: Best | None = None
         self.meter = LossMeter()
+        self.place: Place | None = None
+        """Which samples are this rank's, where that is not just its rank."""
         self._store = store
         self._world = world
         self._policy = policy
@@ -72,16 +75,18 @@ class RunProgress:
         meters = [[float.fromhex(text) for text in row["loss"]] for row in rows]
         if len(rows) == self._world.world_size:
             self.meter.load(meters[self._world.rank])
-            return rows[self._world.rank].get("rng")
-        logger.warning(
-            "The checkpoint was saved by %d ranks and is continued by %d: samples, updates and learning rates are the "
-            "same, random numbers drawn in training (dropout) are not.",
-            len(rows),
-            self._world.world_size,
-        )
-        if self._world.is_main:
+        elif self._world.is_main:
             self.meter.load([math.fsum(column) for column in zip(*meters, strict=True)])
-        return rows[min(self._world.rank, len(rows) - 1)].get("rng")
+        place = self.place or Place(self._world.rank, self._world.world_size)
+        if (own := row_of(rows, self._world.rank, self._world.world_size, place)) is not None:
+            return rows[own].get("rng")
+        logger.warning(
+            "The checkpoint was saved by %s and is continued by %s: samples, updates and learning rates are the "
+            "same, random numbers drawn in training (dropout) are not.",
+            describe_ranks(len(rows), rows[0].get("place")),
+            describe_ranks(self._world.world_size, place.to_json().get("place")),
+        )
+        return rows[row_like(rows, place)].get("rng")
 
     def fit_into(self, num_samples: int) -> list[str]:
         """Ends the epoch in progress where the data has become shorter than the position in it; returns what to say."""

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from dist_train import schedule
 from dist_train.differences import Differences
 from dist_train.schedule import Saved
+from dist_train.scheduler_state import load_state, state_of
 from dist_train.tree import decode, encode
 
 Json = Any
@@ -134,7 +135,7 @@ class ScheduledOptimizer:
         )
 
     def _load_state(self, scheduler: Any, json: Json) -> None:
-        scheduler.load_state_dict(decode(json, self.load))
+        load_state(scheduler, decode(json, self.load))
 
     # Today's schedule
 
@@ -256,7 +257,7 @@ class ScheduledOptimizer:
         for place, scheduler in self.schedulers.items():
             if place in self.saved:
                 state = decode(schedule.merge_scheduler(self.saved[place], scheduler, place), self.load)
-                scheduler.load_state_dict(schedule.in_kind(state, scheduler.state_dict()))
+                load_state(scheduler, schedule.in_kind(state, state_of(scheduler)))
         if scheduled:
             self.told.notes.append(
                 "The scheduler has been stepped in this process, so a change of its settings takes effect from here on "

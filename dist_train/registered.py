@@ -83,8 +83,14 @@ def load_registered(one: Any, place: str, json: Json, source: TensorSource, here
         one.restore(place, source, here)
         return
     live = _templates(one, place, json)
+    made: dict[str, torch.Tensor] = {}
 
     def load(name: str, device: str) -> torch.Tensor:
+        if name not in made:
+            made[name] = make(name, device)
+        return made[name]
+
+    def make(name: str, device: str) -> torch.Tensor:
         mine = live.get(name)
         if mine is None or tuple(mine.shape) != source.describe(name)[0]:
             return create(name, device)

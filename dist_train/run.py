@@ -107,7 +107,7 @@ class Run(Registering):
         misuse.require_one_world(accelerator, self.world)
         misuse.refuse_unsharded(accelerator, self._models, self.world)
         if not self._options.own_gradients:
-            misuse.require_averaged(self._models, self._live.optimizers, self.world)
+            misuse.require_averaged(self._models, self._live.optimizers, self.world, loader)
         self._store = self._options.open_store(self.run_dir)
         self._reporter = Reporter(self._store, is_main=self.world.is_main, run_dir=self.run_dir)
         self._progress = RunProgress(self._store, self.world, self._policy, self._options.early_stopping)
@@ -117,7 +117,7 @@ class Run(Registering):
             self._store, self.world, self._policy, search=self._options.search, clean_steps=clean_steps
         )
         self._checkpointer.on_wait = self._reporter.waiting
-        self._feed = BatchFeed(accelerator, self.device)
+        self._feed = BatchFeed(accelerator, self.device, self.world.rank, self._models)
         self._monitoring = Monitoring(self._options, self._checkpointer, self._reporter)
         self._cut = Cut(several=self.world.world_size > 1)
         self._join_parts(loader)
@@ -357,14 +357,14 @@ class Run(Registering):
         self._boundary.stop_wish = reason
 
     def save(self, *, wait: bool = False) -> None:
-        """Saves now (all ranks call it), or at the end of the window in progress.
+        """Saves now (all ranks call it), or with the `step` that ends the update in progress.
 
         Args:
             wait: go on only when the checkpoint is durable, or has failed and was reported; inside a window it is the
                 `step` that ends it which waits.
         """
         misuse.require_used_right(entered=self._entered, call="run.save()")
-        if self._feed.in_window:
+        if self._feed.must_wait(self.world):
             self._boundary.request_save(wait=wait)
             return
         self._boundary.save("requested")

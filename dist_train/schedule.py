@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dist_train.errors import ConfigError
 from dist_train.fingerprints import fingerprints
+from dist_train.scheduler_state import load_state, state_of
 from dist_train.tree import encode, merge_settings
 
 Json = Any
@@ -140,8 +141,8 @@ def scheduled_keys(group: Mapping[str, Any], schedulers: Iterable[Any]) -> froze
 
 
 def _cycles_momentum(scheduler: Any) -> bool:
-    inner = getattr(scheduler, "_schedulers", ())
-    return bool(getattr(scheduler, "cycle_momentum", False)) or any(_cycles_momentum(one) for one in inner)
+    inner = map(_cycles_momentum, getattr(scheduler, "_schedulers", ()))
+    return bool(getattr(scheduler, "cycle_momentum", False)) or any(inner)
 
 
 # Settings of a scheduler
@@ -149,7 +150,7 @@ def _cycles_momentum(scheduler: Any) -> bool:
 
 def scheduler_settings(scheduler: Any, place: str) -> Json:
     """What a scheduler's state_dict tells, in plain JSON. Raises UnsaveableStateError, naming the place."""
-    return encode(readable(scheduler.state_dict()), place, {})
+    return encode(readable(state_of(scheduler)), place, {})
 
 
 def readable(value: Any) -> Any:
@@ -182,8 +183,7 @@ def put_in_place(live: Any, value: Any) -> Any:
 
 def compare_schedulers(saved: Saved, scheduler: Any, place: str) -> dict[str, tuple[Json, Json]]:
     """Hyper-parameters that differ, or the class."""
-    name = type(scheduler).__name__
-    functions = fingerprints(scheduler)
+    name, functions = type(scheduler).__name__, fingerprints(scheduler)
     if saved.functions is not None and saved.class_name == name and saved.functions != functions:
         return {f"{place}.functions": (saved.functions, functions), **_compare_hyper(saved, scheduler, place)}
     return _compare_hyper(saved, scheduler, place)
@@ -267,7 +267,7 @@ def count_steps(state: Mapping[str, Any]) -> float | None:
 
 def was_stepped(scheduler: Any) -> bool:
     """Whether it has taken steps since its construction, as in a notebook whose objects have trained already."""
-    return count_steps(scheduler.state_dict()) not in (0, None)
+    return count_steps(state_of(scheduler)) not in (0, None)
 
 
 def can_replay(scheduler: Any) -> bool:
@@ -276,7 +276,7 @@ def can_replay(scheduler: Any) -> bool:
         inspect.signature(scheduler.step).bind()
     except (TypeError, ValueError):
         return False
-    return count_steps(scheduler.state_dict()) == 0
+    return count_steps(state_of(scheduler)) == 0
 
 
 def replay(stepped: Mapping[str, tuple[Any, float]]) -> None:
@@ -343,7 +343,7 @@ def rates_of(
     copies = {}
     for number, (scheduler, then, functions, steps) in enumerate(stepped):
         one = _copy_onto(trial, scheduler)
-        one.load_state_dict(dict(then))
+        load_state(one, then)
         if functions not in (None, fingerprints(one)):
             return None
         copies[str(number)] = (one, steps)

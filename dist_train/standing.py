@@ -97,8 +97,9 @@ class Standing:
 
     @property
     def batch_counts(self) -> bool:
-        """Whether the evaluation's batch at hand is this rank's to count. False only where the model is sharded, so
-        that all ranks run each forward pass, and this one has no sample left; metrics of dist_train then count nothing.
+        """Whether the evaluation's batch at hand is this rank's to count. False where the model is sharded, so that all
+        ranks run each forward pass, and this one has no sample left; and where ranks of a mesh share their samples, on
+        all of them but the first. Metrics of dist_train then count nothing.
         """
         return self._intake.batch_counts
 

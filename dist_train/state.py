@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.capture import Capture
+from dist_train.buffers import BufferWatch, full_names
+from dist_train.capture import Capture, place_of
 from dist_train.differences import Differences
 from dist_train.each_rank import EachRank
 from dist_train.errors import StateMismatchError
 from dist_train.exclusion import EXCLUDE, Exclusion, absent_names
 from dist_train.fingerprints import fingerprints
 from dist_train.fully_sharded import drop_unreduced_gradients, reshard
+from dist_train.generators import HeldGenerators
 from dist_train.local_state import compare_apart, set_apart
 from dist_train.model_state import (
     Fit,
@@ -37,29 +39,21 @@ from dist_train.optimizer_state import (
     TensorSource,
     capture_optimizer,
     compare_groups,
-    has_groups_of,
     innermost_optimizer,
     member_names,
     own_settings,
     restore_optimizer,
     restore_own,
-    shares_groups,
+    restore_told,
     with_inner,
 )
+from dist_train.pairing import Pairing
 from dist_train.partial import Loading, Tolerance, fit_optimizer, some, tell
-from dist_train.rates import ScheduledOptimizer
 from dist_train.registered import Stateful, compare_registered, load_registered, tie_registered
 from dist_train.rng import capture_rng
-from dist_train.schedule import (
-    Saved,
-    class_then,
-    compare_schedulers,
-    group_settings,
-    innermost_scheduler,
-    merge_scheduler,
-    scheduler_settings,
-)
-from dist_train.tree import decode, encode
+from dist_train.schedule import group_settings, innermost_scheduler, scheduler_settings
+from dist_train.scheduler_state import state_of
+from dist_train.tree import decode, encode_shared, require_apart
 
 Json = Any
 _ACCELERATED = "AcceleratedOptimizer"
@@ -96,9 +90,13 @@ class LiveState:
         self.every_optimizer = with_inner(self.optimizers)
         """Those inside of others (SAM, Lookahead) too: each has state."""
         self.schedulers = {name: innermost_scheduler(scheduler) for name, scheduler in (schedulers or {}).items()}
+        self._pairing = Pairing(self.optimizers, self.every_optimizer, self.schedulers)
         self.scaler = scaler
         self.registered: dict[str, Stateful | EachRank] = {}
+        self._made_at_once = {name for name, optimizer in self.every_optimizer.items() if optimizer.state}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
+        self._buffers = BufferWatch(self._by_place())
+        self._generators = HeldGenerators(self._by_place(), self._movers())
         self._tolerance = Tolerance(partial_load, self.models)
         self._exclusion = Exclusion(exclude, self._by_place(), self.optimizers)
         self.settings = self._settings()
@@ -116,17 +114,22 @@ class LiveState:
         self._reshard()
         capture = Capture()
         for name, model in self.models.items():
-            capture_model(model, _place("model", name), capture, self._own_buffers, self._exclusion.leaves_out)
+            capture_model(model, place_of("model", name), capture, self._own_buffers, self._exclusion.leaves_out)
+        self._buffers.capture(capture)
         names = self._parameter_names()
         for name, optimizer in self.every_optimizer.items():
-            place = _place("optimizer", name)
+            place = place_of("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
             set_apart(capture, place, optimizer, names)
+        require_apart(capture.tensors, {name for name in capture.tensors if name.startswith("optimizer")})
         for place, one in self._plain_objects():
             if isinstance(one, EachRank):
                 one.capture(place, capture)
             else:
-                capture.state[place] = encode(one.state_dict(), place, capture.tensors)
+                own = state_of(one) if place.startswith("scheduler") else one.state_dict()
+                in_place = isinstance(one, nn.Module)
+                capture.state[place] = encode_shared(own, place, capture.tensors, in_place=in_place)
+        self._generators.capture(capture, self.registered)
         tie_registered(self.registered, capture)
         capture.rank_state["rng"] = capture_rng()
         return capture
@@ -151,18 +154,22 @@ class LiveState:
         """
         self._reshard()
         told = Differences()
-        fit = self._fit_models(source, everything=True)
+        fit = self._fit_models(state, source, everything=True)
         loading = self._require_same_structure(state, settings, source, absent, fit)
         state, settings = self._fit_optimizers(state, settings, loading)
         told.tell_absent([kind for kind in absent if self._has(kind)])
         told.notes += tell(fit, loading, self.models) + self._exclusion.compare(settings.get(EXCLUDE), source)
         told.notes += self._tell_idle(fit, settings, source)
-        self._restore_rates(state, settings, source, absent, global_step, told)
+        self._pairing.restore(state, settings, source, absent, global_step, told)
         self._restore_models(state, source, loading)
         if self.scaler is not None and state.get("scaler"):
             # Before the optimizer: FSDP2's scaler looks at the optimizer's state when it is loaded.
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
         self._restore_optimizers(state, settings, source, told)
+        told.notes += [
+            f"The checkpoint has a random generator {one}, which is not here."
+            for one in self._generators.restore(state, source)
+        ]
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
                 load_registered(one, place, state[place], source, self._here)
@@ -175,15 +182,18 @@ class LiveState:
         names = self._parameter_names()
         live = {
             f"{place}/{name}": value
-            for place, model in ((_place("model", name), model) for name, model in self.models.items())
+            for place, model in ((place_of("model", name), model) for name, model in self.models.items())
             for name, value in tensors_as_stored(model, place, source)
         }
         shared = Shared(source, live)
         for name, optimizer in self.every_optimizer.items():
-            if (place := _place("optimizer", name)) in state:
+            if (place := place_of("optimizer", name)) in state:
+                restore_told(optimizer, shared, state[place])
+        for name, optimizer in self.every_optimizer.items():
+            if (place := place_of("optimizer", name)) in state:
                 then = settings.get(f"{place}/own")
                 told.changes |= restore_own(optimizer, place, shared, state[place], then)
-                restore_optimizer(optimizer, names, shared, state[place])
+                restore_optimizer(optimizer, names, shared, state[place], fresh=name in self._made_at_once)
 
     def restore_weights(
         self, state: Mapping[str, Json], settings: Mapping[str, Json], source: TensorSource
@@ -198,7 +208,7 @@ class LiveState:
         """
         self._reshard()
         absent = absent_names(settings.get(EXCLUDE))
-        fit = self._fit_models(source, absent)
+        fit = self._fit_models(state, source, absent)
         self._refuse(self._tolerance.refuse(fit), fit)
         loading = self._tolerance.begin(fit)
         notes = tell(fit, loading, self.models) + self._exclusion.compare_absent(settings.get(EXCLUDE))
@@ -207,8 +217,11 @@ class LiveState:
         return notes + self._tell_idle(fit, settings, source)
 
     def _restore_models(self, state: Mapping[str, Json], source: TensorSource, loading: Loading) -> None:
+        left_alone = loading.left_alone | self._exclusion.names
+        changes = self._buffers.changes(state, source, left_alone)
+        self._buffers.remake(changes, state, source, own=self._own_buffers)
         for place, model in self._by_place().items():
-            restore_model(model, place, source, self._own_buffers, loading.left_alone | self._exclusion.names)
+            restore_model(model, place, source, self._own_buffers, left_alone)
             restore_extra(model, place, state, source, self._here)
 
     def restore_registered(
@@ -232,64 +245,6 @@ class LiveState:
             raise StateMismatchError(f"{problems[0]}.")
         load_registered(one, place, state[place], source, self._here)
 
-    def _restore_rates(
-        self,
-        state: Mapping[str, Json],
-        settings: Mapping[str, Json],
-        source: TensorSource,
-        absent: Collection[str],
-        global_step: int,
-        told: Differences,
-    ) -> None:
-        """Parameter groups and schedulers, which are compared and moved together."""
-        live = {_place("scheduler", name): scheduler for name, scheduler in self.schedulers.items()}
-        owners = {place: self._owner_of(place, scheduler) for place, scheduler in live.items()}
-        saved = {
-            place: Saved(json, settings.get(place), class_then(settings, place), settings.get(f"{place}/functions"))
-            for place, json in state.items()
-            if place.partition("/")[0] == "scheduler"
-        }
-        for name, optimizer in self._with_own_groups().items():
-            place, own = _place("optimizer", name), _place("scheduler", name)
-            mine = {key: one for key, one in live.items() if owners[key] == name}
-            ScheduledOptimizer(
-                optimizer=optimizer,
-                place=place,
-                schedulers=mine,
-                groups=[group["settings"] for group in state[place]["groups"]] if place in state else None,
-                groups_then=settings.get(place),
-                saved={key: saved[key] for key in mine if key in saved},
-                removed={
-                    key: one
-                    for key, one in saved.items()
-                    if key not in live and not mine and (key == own or len(self.optimizers) == 1)
-                },
-                absent=absent,
-                global_step=global_step,
-                load=lambda name, device: source.create(name, CPU),
-                told=told,
-            ).restore()
-        for place, scheduler in live.items():
-            if owners[place] is None and place in saved:  # of an optimizer that the run does not have
-                told.changes |= compare_schedulers(saved[place], scheduler, place)
-                merged = merge_scheduler(saved[place], scheduler, place)
-                scheduler.load_state_dict(decode(merged, self._loader(source)))
-
-    def _with_own_groups(self) -> dict[str, torch.optim.Optimizer]:
-        """Without those inside of others that have the others' groups."""
-        return {
-            name: one
-            for name, one in self.every_optimizer.items()
-            if name in self.optimizers or not shares_groups(one, self.every_optimizer)
-        }
-
-    def _owner_of(self, place: str, scheduler: Any) -> str | None:
-        """The name of the optimizer whose rates a scheduler moves; of an only one where it does not tell."""
-        its = getattr(scheduler, "optimizer", None)
-        if its is None and len(self.optimizers) == 1:
-            return next(iter(self.optimizers))
-        return next((name for name, one in self._with_own_groups().items() if has_groups_of(one, its)), None)
-
     def _has(self, kind: str) -> bool:
         """Whether there is anything here that a kind of state would be loaded into."""
         here = {"optimizer": self.optimizers, "scheduler": self.schedulers, "user": self.registered}
@@ -300,14 +255,10 @@ class LiveState:
         """The device of the models."""
         return next((p.device for model in self.models.values() for p in model.parameters()), CPU)
 
-    def _loader(self, source: TensorSource) -> Any:
-        here = self._here
-        return lambda name, device: source.create(name, here if device == here.type else CPU)
-
     def _plain_objects(self) -> Iterator[tuple[str, Any]]:
         """Objects that are saved by their state_dict alone, by place."""
         for name, scheduler in self.schedulers.items():
-            yield _place("scheduler", name), scheduler
+            yield place_of("scheduler", name), scheduler
         if self.scaler is not None:
             yield "scaler", self.scaler
         for name, one in self.registered.items():
@@ -317,7 +268,7 @@ class LiveState:
         """Each setting's value now, at construction."""
         settings: dict[str, Json] = {}
         for name, optimizer in self.every_optimizer.items():
-            place = _place("optimizer", name)
+            place = place_of("optimizer", name)
             settings[f"{place}/class"] = type(optimizer).__name__
             if own := own_settings(optimizer, place):
                 settings[f"{place}/own"] = own
@@ -325,7 +276,7 @@ class LiveState:
                 group_settings(group, f"{place}/settings/{index}") for index, group in enumerate(optimizer.param_groups)
             ]
         for name, scheduler in self.schedulers.items():
-            place = _place("scheduler", name)
+            place = place_of("scheduler", name)
             settings[f"{place}/class"] = type(scheduler).__name__
             settings[place] = scheduler_settings(scheduler, place)
             settings[f"{place}/functions"] = fingerprints(scheduler)
@@ -338,7 +289,12 @@ class LiveState:
         reshard([*self.models.values(), *(one for one in self.registered.values() if isinstance(one, nn.Module))])
 
     def _by_place(self) -> dict[str, nn.Module]:
-        return {_place("model", name): model for name, model in self.models.items()}
+        return {place_of("model", name): model for name, model in self.models.items()}
+
+    def _movers(self) -> dict[str, Any]:
+        """Optimizers and schedulers."""
+        optimizers = {place_of("optimizer", name): one for name, one in self.every_optimizer.items()}
+        return optimizers | {place_of("scheduler", name): one for name, one in self.schedulers.items()}
 
     def _parameter_names(self) -> dict[int, str]:
         names: dict[int, str] = {}
@@ -349,15 +305,24 @@ class LiveState:
 
     # How a checkpoint fits
 
-    def _fit_models(self, source: TensorSource, without: Collection[str] = (), *, everything: bool = False) -> Fit:
+    def _fit_models(
+        self,
+        state: Mapping[str, Json],
+        source: TensorSource,
+        without: Collection[str] = (),
+        *,
+        everything: bool = False,
+    ) -> Fit:
         """
         Args:
             without: full names of what need not be there.
             everything: a model that is in the checkpoint alone counts, too.
         """
         fit = Fit()
+        excluded = self._exclusion.names | set(without)
+        made = full_names(self._buffers.changes(state, source, excluded))
         for place, model in self._by_place().items():
-            fit.add(fit_model(model, place, source, self._exclusion.names | set(without)))
+            fit.add(fit_model(model, place, source, excluded | made))
         if everything and "" not in self.models:
             places = tuple(f"{place}/" for place in self._by_place())
             known = [name for name in source.names("model/") if not name.startswith(places)]
@@ -377,7 +342,7 @@ class LiveState:
         loading = self._tolerance.begin(fit)
         names = self._parameter_names()
         for name, optimizer in self.every_optimizer.items():
-            place = _place("optimizer", name)
+            place = place_of("optimizer", name)
             if place not in state:
                 problems += self._compare_new_optimizer(optimizer, place, loading) if "optimizer" not in absent else []
                 continue
@@ -420,7 +385,7 @@ class LiveState:
         names = self._parameter_names()
         state, settings = dict(state), dict(settings)
         for name, optimizer in self.every_optimizer.items():
-            if (place := _place("optimizer", name)) not in state or not self._tolerance.patterns:
+            if (place := place_of("optimizer", name)) not in state or not self._tolerance.patterns:
                 continue
             own = {one for group in optimizer.param_groups for one in member_names(0, group, names)}
             if own & loading.fresh or compare_groups(optimizer, place, names, state[place]["groups"]):
@@ -440,7 +405,3 @@ def by_name(objects: Any) -> dict[str, Any]:
     """Objects by name; an only one has the name ""."""
     only = {} if objects is None or objects == () else {"": objects}
     return dict(objects) if isinstance(objects, Mapping) else only
-
-
-def _place(kind: str, name: str) -> str:
-    return f"{kind}/{name}" if name else kind

@@ -108,7 +108,8 @@ def way_out(value: Any) -> str:
         (isinstance(value, datetime.time), "Put the time of a fixed offset from UTC in its place."),
         (
             isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)),
-            "Give the generator itself to run.register: its state is then kept for each rank.",
+            "Give the generator itself to run.register, or make it an attribute of a module or of an optimizer: its "
+            "state is then kept for each rank.",
         ),
         (isinstance(value, np.ma.MaskedArray), "Put its .data and its .mask in its place."),
         (isinstance(value, np.ndarray), "Put an array of numbers for each of its fields in its place."),

@@ -5,7 +5,7 @@ Invariant: reads only. A tensor that is tied is one tensor: saved once, restored
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,43 @@ def storage_key(value: torch.Tensor) -> Any:
             return (local.untyped_storage()._cdata, local.storage_offset(), *kind)
         return (local.data_ptr(), *kind)
     return (value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+
+
+def find_overlap(tensors: Mapping[str, torch.Tensor], new: Collection[str]) -> tuple[str, str] | None:
+    """Two names whose tensors have some elements in common, one of them among `new`; None where there are none. Those
+    that are the same tensor are not asked for, nor sharded ones.
+
+    Of two views with gaps (columns of a matrix) it is not told whether they lie in each other's gaps: they pass.
+    """
+    if not new:
+        return None
+    spans = [(*_span(tensor), name) for name, tensor in tensors.items() if _is_plain(tensor)]
+    spans.sort(key=lambda span: span[:2])
+    reach: tuple[int, int, bool, str] | None = None  # the span so far that ends last
+    for span in spans:
+        low, high, dense, name = span
+        if reach is not None and low < reach[1] and (name in new or reach[3] in new):
+            # The first element of the one or the last of the other lies in what has no gap.
+            has_common = reach[2] or (dense and high >= reach[1])
+            if has_common:
+                return reach[3], name
+        if reach is None or high > reach[1]:
+            reach = span
+    return None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """With an address that means something."""
+    if isinstance(tensor, DTensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
+        return False
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int, bool]:
+    """First address and the one after the last, and whether there is no gap."""
+    extent = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    low = tensor.data_ptr()
+    return low, low + extent * tensor.itemsize, tensor.numel() >= extent
 
 
 def group_tied(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[list[str], torch.Tensor]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import json as json_module
 import math
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 
 from dist_train.errors import UnsaveableStateError
 from dist_train.tagged import TEXT_TAGS, from_text, make_mapping, mapping_kind, text_of, way_out
+from dist_train.tied import find_overlap, storage_key
 
 Json = Any
 _TAG = "$"
@@ -34,6 +35,16 @@ def encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
     Raises:
         UnsaveableStateError: names the place and the type that cannot be saved.
     """
+    try:
+        return _encode(value, place, tensors)
+    except RecursionError:
+        raise UnsaveableStateError(
+            f"{place} holds itself, or is nested deeper than a checkpoint can hold. Leave what points back out of that "
+            f"object's state_dict(), and set it again in load_state_dict()."
+        ) from None
+
+
+def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
     if value is None or isinstance(value, (bool, str)) or type(value) is int:
         return value
     if type(value) is float:
@@ -52,15 +63,15 @@ def _encode_mapping(value: Mapping[Any, Any], place: str, tensors: dict[str, tor
     if kind is None:
         raise _refusal(value, place)
     if not kind and all(type(key) is str for key in value) and _TAG not in value:
-        return {key: encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()}
-    keys = [encode(key, f"{place} (a key)", tensors) for key in value]
-    values = [encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()]
+        return {key: _encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()}
+    keys = [_encode(key, f"{place} (a key)", tensors) for key in value]
+    values = [_encode(inner, f"{place}/{key}", tensors) for key, inner in value.items()]
     return {_TAG: "dict", **kind, "items": [list(pair) for pair in zip(keys, values, strict=True)]}
 
 
 def _encode_sequence(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Json:
     members = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-    items = [encode(inner, f"{place}/{index}", tensors) for index, inner in enumerate(members)]
+    items = [_encode(inner, f"{place}/{index}", tensors) for index, inner in enumerate(members)]
     if isinstance(value, list):
         return items
     if isinstance(value, deque):
@@ -81,7 +92,7 @@ def _encode_other(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> J
     if isinstance(value, (torch.dtype, torch.device)):
         return {_TAG: type(value).__name__, "value": str(value).removeprefix("torch.")}
     if isinstance(value, (int, float)):  # subclasses, for instance an IntEnum: their value is what matters
-        return encode(int(value) if isinstance(value, int) else float(value), place, tensors)
+        return _encode(int(value) if isinstance(value, int) else float(value), place, tensors)
     if told := text_of(value):
         return {_TAG: told[0], "value": told[1]}
     raise _refusal(value, place)
@@ -169,11 +180,57 @@ def rename_tensors(json: Json, names: Mapping[str, str]) -> Json:
     return {key: rename_tensors(value, names) for key, value in json.items()}
 
 
+def share(json: Json, mine: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> Json:
+    """Adds the tensors of what `encode` made of a value; one whose memory is that of a tensor kept before is told by
+    the name of that.
+    """
+    first = {storage_key(tensor): name for name, tensor in reversed(tensors.items())}
+    renamed: dict[str, str] = {}
+    for name, tensor in mine.items():
+        if (earlier := first.setdefault(storage_key(tensor), name)) != name:
+            renamed[name] = earlier
+        else:
+            tensors[name] = tensor
+    return rename_tensors(json, renamed) if renamed else json
+
+
+def require_apart(tensors: Mapping[str, torch.Tensor], new: Collection[str]) -> None:
+    """Raises UnsaveableStateError for one of the `new` tensors that is a view of a part of another tensor, or the other
+    way round.
+    """
+    if overlap := find_overlap(tensors, new):
+        raise UnsaveableStateError(
+            f"{overlap[0]} and {overlap[1]} share memory and are not the same tensor (one is a view of a part of the "
+            f"other): a restart would make two of them, and what is written to one would be missing in the other. Keep "
+            f"one of them in the state, and make the view of it where it is used."
+        )
+
+
+def encode_shared(value: Any, place: str, tensors: dict[str, torch.Tensor], *, in_place: bool = False) -> Json:
+    """As `encode`; a tensor that the value holds twice has one name, and is one again where that name is loaded once.
+
+    Args:
+        in_place: the tensors will be filled where they lie, so that what they share they share again.
+
+    Raises:
+        UnsaveableStateError: see `encode`; or one is a view of a part of another one.
+    """
+    known = set(tensors)
+    json = encode(value, place, tensors)
+    mine = {name: tensors.pop(name) for name in list(tensors) if name not in known}
+    found: dict[str, torch.Tensor] = {}
+    json = share(json, mine, found)
+    if not in_place:
+        require_apart(found, found)
+    tensors |= found
+    return json
+
+
 def holds_only(value: Any, is_leaf: Callable[[Any], bool]) -> bool:
-    """Whether a value is made of such leaves and of dict, list, tuple and set."""
-    if type(value) is dict:
+    """Whether a value is made of such leaves and of dict, list, tuple, set and their kin."""
+    if type(value) in (dict, OrderedDict, defaultdict, Counter):
         return all(holds_only(inner, is_leaf) for pair in value.items() for inner in pair)
-    if type(value) in (list, tuple, set):
+    if type(value) in (list, tuple, set, frozenset, deque):
         return all(holds_only(inner, is_leaf) for inner in value)
     return is_leaf(value)
 
@@ -235,7 +292,7 @@ def encode_whole(value: Any, place: str) -> Json:
         UnsaveableStateError: see `encode`.
     """
     tensors: dict[str, torch.Tensor] = {}
-    json = encode(value, place, tensors)
+    json = encode_shared(value, place, tensors)
     return {"value": json, "tensors": {name: _whole_tensor(tensor) for name, tensor in tensors.items()}}
 
 
@@ -247,12 +304,15 @@ def _whole_tensor(tensor: torch.Tensor) -> Json:
 
 def decode_whole(json: Json, here: torch.device | None = None) -> Any:
     """The value that `encode_whole` was given; tensors come back on the CPU, or `here` if they lay on such a device."""
-    return decode(
-        json["value"],
-        lambda name, device: _tensor_of(json["tensors"][name]).to(
-            here if here is not None and here.type == device else "cpu"
-        ),
-    )
+    made: dict[str, torch.Tensor] = {}
+
+    def load(name: str, device: str) -> torch.Tensor:
+        if name not in made:
+            where = here if here is not None and here.type == device else "cpu"
+            made[name] = _tensor_of(json["tensors"][name]).to(where)
+        return made[name]
+
+    return decode(json["value"], load)
 
 
 def pack(value: Any, place: str) -> torch.Tensor:

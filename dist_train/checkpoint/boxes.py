@@ -15,8 +15,8 @@ from itertools import product
 from typing import cast
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_train.errors import UnsaveableStateError
 
@@ -55,7 +55,7 @@ def boxes_of(name: str, tensor: DTensor) -> tuple[Box, ...]:
             placements say.
     """
     mesh = tensor.device_mesh
-    shardings = [_sharding(name, placement, dim) for dim, placement in enumerate(tensor.placements)]
+    shardings = [_sharding(name, tensor, dim) for dim in range(mesh.ndim)]
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return ()
@@ -100,12 +100,19 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return any(not isinstance(one, Replicate) and size > 1 for one, size in zip(tensor.placements, sizes, strict=True))
 
 
-def _sharding(name: str, placement: Placement, dim: int) -> Shard | _StridedShard | None:
-    """What a mesh dimension does to the tensor; None where it holds replicas."""
-    if isinstance(placement, Replicate):
+def _sharding(name: str, tensor: DTensor, dim: int) -> Shard | _StridedShard | None:
+    """What a mesh dimension does to the tensor; None where it holds replicas (or the only term of a sum)."""
+    placement = tensor.placements[dim]
+    if isinstance(placement, Replicate) or (type(placement) is Partial and tensor.device_mesh.size(dim) == 1):
         return None
     if type(placement) in (Shard, _StridedShard):
-        return cast(Shard | _StridedShard, placement)
+        sharding = cast(Shard | _StridedShard, placement)
+        if not -tensor.dim() <= sharding.dim < tensor.dim():
+            raise UnsaveableStateError(
+                f"{name} is a DTensor of {list(tensor.shape)} placed {placement} on mesh dimension {dim}: it has no "
+                f"dimension {sharding.dim}. Give DTensor.from_local the placement that says how the parts lie."
+            )
+        return sharding
     if placement.is_partial():
         raise UnsaveableStateError(
             f"{name} is a DTensor placed {placement} on mesh dimension {dim}: its values are the sum (or the like) of "

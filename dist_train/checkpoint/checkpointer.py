@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_train import errors
 from dist_train.capture import Capture
 from dist_train.checkpoint import roll_back
 from dist_train.checkpoint.attached import AttachedFile, read_attached
 from dist_train.checkpoint.catalog import committed, list_checkpoints
 from dist_train.checkpoint.enclosure import require_place_for_run
+from dist_train.checkpoint.joint_plan import plan_together
 from dist_train.checkpoint.keeper import Keeper
 from dist_train.checkpoint.manifest import (
     ATTACHED,
@@ -40,13 +39,12 @@ from dist_train.checkpoint.manifest import (
 )
 from dist_train.checkpoint.ownership import Ownership
 from dist_train.checkpoint.parents import id_of_newest, read_run_id
-from dist_train.checkpoint.plan import Plan, make_plan, signature_of
+from dist_train.checkpoint.plan import Plan, signature_of
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.restorer import Opened, Restorer
 from dist_train.checkpoint.shared import require_shared
 from dist_train.checkpoint.snapshot import Image
 from dist_train.checkpoint.store import Store, is_out_of_space
-from dist_train.checkpoint.survey import take_survey
 from dist_train.checkpoint.trash import discard
 from dist_train.checkpoint.writer import Committed, Event, SaveFailed, SaveJob, Writer, Writing, describe_error
 from dist_train.console import bytes_text
@@ -291,22 +289,11 @@ class Checkpointer:
         if not self.world.max([changed], "whether the structure of the state has changed")[0]:
             assert self._plan is not None
             return self._plan
-        survey = take_survey(capture, self.world)
-        self._plan = plan = make_plan(capture, self.world.rank, self.world.world_size, survey)
+        self._plan, self._total_bytes = plan_together(capture, self.world)
         if self._image is not None:
             self._image.close()
             self._image = None
-        self.world.require_equal(plan.digest, "structure of the state (names, shapes and dtypes of tensors)")
-        written = self.world.sum([*plan.written_elements(), plan.num_bytes], "which rank writes what")
-        self._total_bytes = written[-1]
-        for (name, entry), count in zip(plan.tensors.items(), written[:-1], strict=True):
-            expected = math.prod(entry.shape)
-            if count != expected:
-                raise errors.DisagreementError(
-                    f"{name}: the ranks would write {count} of its {expected} elements. All ranks must lay it "
-                    f"out alike: is it sharded on some and plain on others, or on meshes that overlap?"
-                )
-        return plan
+        return self._plan
 
     def _begin(self, draft: Draft) -> Json:
         """Makes the staging folder; a disk that is full or broken refuses the save, not the training."""

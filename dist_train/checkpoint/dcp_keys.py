@@ -116,7 +116,7 @@ def _offer_of_run(manifest: Manifest) -> Offer:
     for place, json in manifest.state.items():
         kind, _, name = place.partition("/")
         path = (kind, name) if name else (kind,)
-        if not place.endswith("/~extra"):
+        if place != "generators" and not place.endswith(("/~extra", "/~buffers")):
             _flatten(path, _in_torch_form(json) if kind == "optimizer" else json, offer)
     inner = {name for json in manifest.state.values() for name in tensors_inside(json)}
     for name in [*manifest.tensors, *manifest.aliases]:

@@ -60,6 +60,8 @@ class _Opened:
     offer: Offer
     is_own: bool
     """Whether this rank wrote it without the others."""
+    is_let_go: bool = False
+    """Its files are mapped anew when they are asked for again."""
 
     @property
     def path(self) -> str:
@@ -115,6 +117,8 @@ class StorageReader(dcp.StorageReader):
         for name, one in offer.fragments.items():
             table[one.key].chunks.append(_chunk(one.offsets, opened.manifest.tensors[name].shape))
         table.update({key: BytesStorageMetadata() for key in offer.values})
+        order = offer.planner_data if isinstance(offer.planner_data, dict) else {}
+        table = {key: table[key] for key in (*order, *table) if key in table}  # as it was saved
         meta = StorageMeta(checkpoint_id=self.checkpoint_id, load_id=self._load_id)
         return Metadata(state_dict_metadata=table, planner_data=offer.planner_data, storage_data={}, storage_meta=meta)
 
@@ -147,16 +151,20 @@ class StorageReader(dcp.StorageReader):
         ]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Verifies this rank's share, then fills what the planner asks for."""
+        """Verifies this rank's share, then fills what the planner asks for. The files are let go of afterwards."""
         wanted = plan.storage_data if isinstance(plan.storage_data, _Wanted) else self._wanted(plan)
         if self.verify:
             self._require_whole(wanted.files)
         opened = self._of_opened()
-        for item in plan.items:
-            if item.type is LoadItemType.BYTE_IO:
-                self._load_value(opened, item, planner)
-            else:
-                _load_tensor(opened, item, planner)
+        try:
+            for item in plan.items:
+                if item.type is LoadItemType.BYTE_IO:
+                    self._load_value(opened, item, planner)
+                else:
+                    _load_tensor(opened, item, planner)
+        finally:  # a reader that somebody keeps must not keep the bytes of a checkpoint that is deleted meanwhile
+            self._opened = replace(opened, is_let_go=True)
+            opened.reader.close()
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -196,8 +204,12 @@ class StorageReader(dcp.StorageReader):
             opened.reader.close()
 
     def _of_opened(self) -> _Opened:
-        assert self._opened is not None, "read_metadata comes first"
-        return self._opened
+        opened = self._opened
+        assert opened is not None, "read_metadata comes first"
+        if opened.is_let_go:
+            reader = CheckpointReader(opened.store, opened.place, opened.manifest)
+            self._opened = opened = replace(opened, reader=reader, is_let_go=False)
+        return opened
 
     def _describe(self, opened: _Opened, key: str, name: str) -> TensorStorageMetadata:
         shape, dtype = opened.reader.describe(name)

@@ -1,7 +1,8 @@
 """One rank's part of a `dcp.save`: the planner's write items -> safetensors files, streamed, and a receipt.
 
-Invariant: no more than one chunk is in memory besides what the planner holds (of a tensor that is not row-major, a
-chunk's worth of rows). The dtype in a file is that of the data which the planner hands over, whatever it had announced.
+Invariant: no more than one chunk is in memory besides what the planner holds, and of a tensor that is not row-major a
+block of rows. The planner is asked for each item once, when its bytes are due; but where it hands over another dtype
+than it has announced, for all of them once more: the dtype in a file is that of the data.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dist_train.errors import UnsaveableStateError
 from dist_train.tree import encode
 
 Json = Any
+_BLOCK_BYTES = 1 << 20
 Source = Callable[[], Any]
 """Gives a tensor's data once more."""
 
@@ -49,6 +51,8 @@ class Receipt:
     """Key -> nested value."""
     fragments: dict[str, Fragment] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
+    is_lost: bool = False
+    """Nothing was written: there was no folder for it any more."""
 
 
 class Share:
@@ -76,37 +80,55 @@ class Share:
         return [self._add(item, item.index.fqn in parted) for item in items]
 
     def write(self, store: Store, folder: str) -> Receipt:
-        """Writes and fsyncs the files."""
-        groups: dict[str, list[tuple[Part, Source]]] = {}
-        for part, source in self._parts.values():
-            groups.setdefault(group_of(part.name), []).append((part, source))
-        for group, members in groups.items():
+        """Writes and fsyncs the files.
+
+        Raises:
+            UnsaveableStateError: names the key.
+        """
+        try:
+            return self._write(store, folder)
+        except _AnotherDtypeError:
+            self._take_dtypes_of_data()
+            for group in self._groups():
+                store.unlink(f"{folder}/{shard_name(group, self._rank, self._world_size)}")
+            return self._write(store, folder)
+
+    def _write(self, store: Store, folder: str) -> Receipt:
+        for group, members in self._groups().items():
             name = shard_name(group, self._rank, self._world_size)
             self.receipt.files[name] = _write_file(store, f"{folder}/{name}", group, members)
             self.receipt.places.update({part.name: name for part, _ in members if part.whole})
         return self.receipt
 
+    def _groups(self) -> dict[str, list[tuple[Part, Source]]]:
+        groups: dict[str, list[tuple[Part, Source]]] = {}
+        for part, source in self._parts.values():
+            groups.setdefault(group_of(part.name), []).append((part, source))
+        return groups
+
+    def _take_dtypes_of_data(self) -> None:
+        for place, (part, source) in self._parts.items():
+            kind = DTYPE_NAMES[_checked(source(), part).dtype]
+            self._parts[place] = replace(part, dtype=kind), source
+            self.receipt.tensors[part.name] = replace(self.receipt.tensors[part.name], dtype=kind)
+
     def _add(self, item: WriteItem, is_in_parts: bool) -> int:
-        data = self._planner.resolve_data(item)
         key = item.index.fqn
         self.receipt.keys.add(key)
         if item.type is WriteItemType.BYTE_IO:
-            return self._add_value(key, data)
-        if not isinstance(data, torch.Tensor) or item.tensor_data is None:
-            raise UnsaveableStateError(f"{key!r}: the planner announced a tensor and gave a {type(data).__name__}.")
-        require_plain_kind(key, data)
+            return self._add_value(key, self._planner.resolve_data(item))
+        if item.tensor_data is None:
+            raise UnsaveableStateError(f"{key!r}: the planner announced a tensor without saying which.")
+        announced = item.tensor_data.properties
+        require_bytes(key, announced.dtype, announced.layout)
         chunk, size = item.tensor_data.chunk, tuple(item.tensor_data.size)
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-        if tuple(data.shape) != sizes:
-            raise UnsaveableStateError(
-                f"{key!r}: the planner announced a part of shape {list(sizes)} and gave one of {list(data.shape)}."
-            )
         name = name_of(key)
         if is_in_parts:
             name = name_of_fragment(key, offsets)
             self.receipt.fragments[name] = Fragment(key=key, offsets=list(offsets), size=list(size))
             offsets, size = (0,) * len(sizes), sizes
-        return self._add_part(name, data.dtype, size, offsets, sizes, partial(self._planner.resolve_data, item))
+        return self._add_part(name, announced.dtype, size, offsets, sizes, partial(self._planner.resolve_data, item))
 
     def _add_value(self, key: str, data: Any) -> int:
         if not isinstance(data, io.BytesIO):
@@ -149,17 +171,23 @@ class Share:
 
 def require_plain_kind(key: str, tensor: torch.Tensor) -> None:
     """Raises UnsaveableStateError for a tensor whose bytes are not known to be all there is to it."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+    if tensor.is_quantized or tensor.is_meta:
+        kind = "on the meta device" if tensor.is_meta else "that is quantized"
     elif isinstance(tensor, DTensor):
-        kind = "that is a DTensor inside of another value (flatten_state_dict=True takes dictionaries and lists apart)"
+        kind = "that is a DTensor inside of another value"
     elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         kind = f"of the class {type(tensor).__name__}"
-    elif tensor.dtype not in DTYPE_NAMES:
-        kind = f"of dtype {tensor.dtype}, which safetensors does not know"
     else:
-        return
+        return require_bytes(key, tensor.dtype, tensor.layout)
     raise UnsaveableStateError(unsaveable(key, f"a tensor {kind}"))
+
+
+def require_bytes(key: str, dtype: torch.dtype, layout: torch.layout) -> None:
+    """Raises UnsaveableStateError for what safetensors has no bytes for."""
+    if layout != torch.strided:
+        raise UnsaveableStateError(unsaveable(key, f"a tensor of layout {layout}"))
+    if dtype not in DTYPE_NAMES:
+        raise UnsaveableStateError(unsaveable(key, f"a tensor of dtype {dtype}, which safetensors does not know"))
 
 
 def _keys_in_parts(items: Sequence[WriteItem]) -> set[str]:
@@ -214,22 +242,39 @@ def _chunks(layout: FileLayout, sources: Mapping[str, Source]) -> Iterator[tuple
         yield memoryview(memory), filled
 
 
+class _AnotherDtypeError(Exception):
+    """The planner's data are of another dtype than it had announced, and the header is wrong."""
+
+
 def _pieces(layout: FileLayout, sources: Mapping[str, Source]) -> Iterator[torch.Tensor]:
     """Flat bytes, in the file's order, wherever they lie."""
     yield torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
     for part in layout.parts:
         if part.numel:
-            tensor = sources[part.key]().detach()
-            if (tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype)) != (part.sizes, part.dtype):
-                raise UnsaveableStateError(f"{key_of(part.name)!r}: the planner gave another tensor than a moment ago.")
+            tensor = _checked(sources[part.key](), part)
+            if DTYPE_NAMES[tensor.dtype] != part.dtype:
+                raise _AnotherDtypeError
             yield from _rows(tensor)
 
 
+def _checked(data: Any, part: Part) -> torch.Tensor:
+    """What the planner has handed over, if it is what it had announced but for its dtype."""
+    key = key_of(part.name).removeprefix("~fragments/")
+    if not isinstance(data, torch.Tensor):
+        raise UnsaveableStateError(f"{key!r}: the planner announced a tensor and gave a {type(data).__name__}.")
+    require_plain_kind(key, data)
+    if tuple(data.shape) != part.sizes:
+        raise UnsaveableStateError(
+            f"{key!r}: the planner announced a part of shape {list(part.sizes)} and gave one of {list(data.shape)}."
+        )
+    return data.detach()
+
+
 def _rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Row-major bytes; of a tensor that is laid out otherwise never more than a chunk is copied at a time."""
-    if tensor.is_contiguous() or tensor.nbytes <= CHUNK_BYTES:
+    """Row-major bytes; of a tensor that is laid out otherwise never more than a block is copied at a time."""
+    if tensor.is_contiguous() or tensor.nbytes <= _BLOCK_BYTES:
         yield tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         return
-    rows = CHUNK_BYTES // (tensor.nbytes // tensor.shape[0])
+    rows = _BLOCK_BYTES // (tensor.nbytes // tensor.shape[0])
     for block in tensor.split(rows) if rows else tensor.unbind():
         yield from _rows(block)

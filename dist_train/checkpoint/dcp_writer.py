@@ -14,10 +14,11 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.futures import Future
 
 from dist_train.checkpoint.dcp_keys import STATE, key_of
 from dist_train.checkpoint.dcp_share import Receipt, Share
-from dist_train.checkpoint.manifest import MANIFEST_NAME, MODEL_INDEX, FileEntry, Manifest, Progress
+from dist_train.checkpoint.manifest import MANIFEST_NAME, MODEL_INDEX, FileEntry, Manifest, Progress, TensorEntry
 from dist_train.checkpoint.plan import group_of, key_in_file
 from dist_train.checkpoint.publication import REASON, Publication, rank_name
 from dist_train.checkpoint.store import Store, is_out_of_space
@@ -45,6 +46,8 @@ from dist_train.tree import encode
 Json = Any
 _ABSENT = ["optimizer", "scheduler", "scaler", "rng", "user"]
 """What a run that starts from such a checkpoint does not find where it looks for it."""
+_TAKEN_AWAY = (FileExistsError, FileNotFoundError)
+"""What a rank meets where its staging folder is gone, or is that of another save of the same path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,20 @@ class Seat:
 
     rank: int
     world_size: int
+
+
+@dataclass(slots=True)
+class _Save:
+    """One save; torch makes all calls of one in one thread, and an `async_save` may overlap with others."""
+
+    path: str | os.PathLike[str] | None
+    save_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    is_set_up: bool = False
+    rank: int | None = None
+    use_collectives: bool = True
+    publication: Publication | None = None
+    """On the coordinator, between `prepare_global_plan` and `finish`."""
+    before: Manifest | None = None
 
 
 class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
@@ -78,38 +95,48 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         BlockingAsyncStager.__init__(self, cache_staged_state_dict=cache_staged_state_dict)
         self.overwrite = overwrite
         self._path = path or None
-        self._rank: int | None = None
-        self._use_collectives = True
-        self._save_id = uuid.uuid4().hex
-        self._publication: Publication | None = None
-        """On the coordinator, between `prepare_global_plan` and `finish`."""
-        self._before: Manifest | None = None
+        self._latest = _Save(self._path)
+        self._of_thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
         """For a save in another process: without the copy of the state that `async_save` keeps in this one."""
-        return {**self.__dict__, "state_dict_cache": None}
+        return {**self.__dict__, "state_dict_cache": None, "_latest": _Save(self._path), "_of_thread": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._of_thread = threading.local()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new save begins, of this path where one is given."""
         self._path = checkpoint_id or self._path
-        self._save_id = uuid.uuid4().hex
+        self._of_thread.save = self._latest = _Save(self._path)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called on every rank, with `rank` and `use_collectives` by newer versions of torch."""
-        self._rank = kwargs.get("rank")
-        self._use_collectives = kwargs.get("use_collectives", True)
+        save = self._save
+        if save.is_set_up:
+            save = _Save(self._path)
+        save.is_set_up = True
+        save.rank = kwargs.get("rank")
+        save.use_collectives = kwargs.get("use_collectives", True)
+        self._of_thread.save = self._latest = save
+
+    @property
+    def _save(self) -> _Save:
+        """This thread's, else the latest: a caller of its own kind may spread one save over threads."""
+        return getattr(self._of_thread, "save", self._latest)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Makes the staging folder: no rank writes before every rank has its plan back."""
-        publication = self._new_publication()
+        save, publication = self._save, self._new_publication()
         self._require_one_kind()
-        self._before = publication.require_replaceable(overwrite=self.overwrite)
+        save.before = publication.require_replaceable(overwrite=self.overwrite)
         with self._told("could not be begun"):
             publication.begin()
-        self._publication = publication
+        save.publication = publication
         return [replace(plan, storage_data=Seat(rank, len(plans))) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -126,9 +153,11 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
             sizes = share.add(plan.items)
             with self._told(f"failed on rank {seat.rank}"):
                 receipt = share.write(publication.store, publication.staging)
-        except BaseException:
-            publication.discard(publication.staging)
-            raise
+        except BaseException as error:
+            if not isinstance(error.__cause__, _TAKEN_AWAY):
+                publication.discard(publication.staging)
+                raise
+            receipt = Receipt(is_lost=True)  # the folder is another save's, and stays; or another rank tells why
         carried = [receipt, *[None] * (len(sizes) - 1)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(
@@ -141,10 +170,13 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Publishes the checkpoint; the old one is gone then."""
-        publication, self._publication = self._publication, None
+        save = self._save
+        publication, save.publication = save.publication, None
         assert publication is not None
         receipts = [one[0].storage_data for one in results if one]
         with self._told("could not be committed"):
+            if any(one.is_lost for one in receipts):
+                raise publication.overtaken()
             sealed = publication.seal()
             try:
                 manifest = self._manifest(metadata, receipts, len(results))
@@ -156,12 +188,13 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         metadata.storage_meta = self.storage_meta()
 
     def storage_meta(self) -> StorageMeta | None:
-        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save.save_id)
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str] | None:
         """The path of the save."""
-        return None if self._path is None else Path(self._path)
+        path = self._save.path
+        return None if path is None else Path(path)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -172,16 +205,18 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         return "://" not in str(checkpoint_id) and any(one.exists() and os.access(one, os.W_OK) for one in parents)
 
     def _new_publication(self) -> Publication:
-        if self._path is None:
+        path = self._save.path
+        if path is None:
             raise ConfigError("No path to save to: give StorageWriter(path), or checkpoint_id in the call of dcp.save.")
-        if not isinstance(self._path, Path) and "://" in str(self._path):
-            raise ConfigError(f"{self._path} is an address, expected the path of a folder on a mounted file system.")
-        return Publication(self._path if self._use_collectives else Path(self._path, rank_name(self._rank or 0)), Store)
+        if not isinstance(path, Path) and "://" in str(path):
+            raise ConfigError(f"{path} is an address, expected the path of a folder on a mounted file system.")
+        return Publication(path if self._save.use_collectives else Path(path, rank_name(self._save.rank or 0)), Store)
 
     def _require_one_kind(self) -> None:
-        if not self._use_collectives and (Path(str(self._path)) / MANIFEST_NAME).exists():
+        path = self._save.path
+        if not self._save.use_collectives and (Path(str(path)) / MANIFEST_NAME).exists():
             raise ConfigError(
-                f"{self._path} is a checkpoint that all ranks wrote together, and use_collectives=False lets each "
+                f"{path} is a checkpoint that all ranks wrote together, and use_collectives=False lets each "
                 f"write one of its own, which cannot replace it at once. It was left as it is; give another path."
             )
 
@@ -195,24 +230,24 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
                 raise
             help_by = "Free space or raise the quota" if is_out_of_space(error) else "Look at the file system"
             raise StorageError(
-                f"The save of {self._path} {what}: {describe_error(error)}. Nothing was published: a checkpoint that "
-                f"was there before is as it was. {help_by}, then save again."
+                f"The save of {self._save.path} {what}: {describe_error(error)}. Nothing was published: a checkpoint "
+                f"that was there before is as it was. {help_by}, then save again."
             ) from error
 
     def _manifest(self, metadata: Metadata, receipts: list[Receipt], world_size: int) -> Manifest:
         """Raises UnsaveableStateError: the planner's data is no plain value, or what was written is not whole."""
-        tensors = {name: entry for one in receipts for name, entry in one.tensors.items()}
-        _require_whole(metadata, receipts)
+        tensors = _require_whole(metadata, receipts)
+        before = self._save.before
         return Manifest(
-            run_id=self._before.run_id if self._before else uuid.uuid4().hex,
-            sequence=self._before.sequence + 1 if self._before else 1,
+            run_id=before.run_id if before else uuid.uuid4().hex,
+            sequence=before.sequence + 1 if before else 1,
             attempt=1,
-            parent=self._before.digest if self._before else None,
+            parent=before.digest if before else None,
             committed_at=time.time(),
             progress=Progress(),
             files={name: entry for one in receipts for name, entry in one.files.items()},
             tensors=tensors,
-            state={STATE: _kept(metadata, receipts)},
+            state={STATE: _kept(metadata, receipts, tensors)},
             rank_state=[{} for _ in range(world_size)],
             settings={"absent": list(_ABSENT)},
             environment=describe_environment(world_size, torch.device("cpu")),
@@ -221,7 +256,7 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         )
 
 
-def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
+def _kept(metadata: Metadata, receipts: list[Receipt], tensors: Mapping[str, TensorEntry]) -> dict[str, Json]:
     """What torch's planners need of a checkpoint besides its tensors."""
     inner: dict[str, torch.Tensor] = {}
     planner_data = encode(metadata.planner_data, "planner_data", inner)
@@ -232,9 +267,7 @@ def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
         )
     fragments = {name: fragment for one in receipts for name, fragment in one.fragments.items()}
     actual = {
-        fragments[name].key if name in fragments else key_of(name): entry.dtype
-        for one in receipts
-        for name, entry in one.tensors.items()
+        fragments[name].key if name in fragments else key_of(name): entry.dtype for name, entry in tensors.items()
     }
     declared = {
         key: value.properties.dtype
@@ -249,16 +282,22 @@ def _kept(metadata: Metadata, receipts: list[Receipt]) -> dict[str, Json]:
     }
 
 
-def _require_whole(metadata: Metadata, receipts: list[Receipt]) -> None:
-    """What is acknowledged can be loaded: every key was written, every element of every tensor once, in one dtype."""
+def _require_whole(metadata: Metadata, receipts: list[Receipt]) -> dict[str, TensorEntry]:
+    """What is acknowledged can be loaded: every key was written, every element of every tensor once, in one dtype.
+
+    Returns:
+        the tensors by their stored names, as those ranks have them that hold something of them.
+    """
     missing = metadata.state_dict_metadata.keys() - {key for one in receipts for key in one.keys}
     if missing:
         raise UnsaveableStateError(f"The planner announced {sorted(missing)[:3]} and no rank was given them to write.")
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, TensorEntry] = {}
     written: dict[str, int] = {}
     for rank, receipt in enumerate(receipts):
         for name, entry in receipt.tensors.items():
-            if tensors.setdefault(name, entry) != entry:
+            if not written.get(name) and receipt.written.get(name):
+                tensors[name] = entry
+            elif tensors.setdefault(name, entry) != entry and receipt.written.get(name):
                 raise UnsaveableStateError(
                     f"{key_of(name)!r} is {entry.shape} {entry.dtype} on rank {rank} and {tensors[name].shape} "
                     f"{tensors[name].dtype} on an earlier one; all ranks must hold one tensor."
@@ -271,6 +310,7 @@ def _require_whole(metadata: Metadata, receipts: list[Receipt]) -> None:
                 f"{entry.shape}, each once. Either not all ranks that hold a part of it took part in the save, or the "
                 f"planner gave the same part to several."
             )
+    return tensors
 
 
 def _complete(store: Store, sealed: str, manifest: Manifest, receipts: list[Receipt]) -> None:

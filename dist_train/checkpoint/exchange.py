@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import torch
-from torch.serialization import safe_globals
 
 from dist_train.checkpoint.adapters import CONFIG_NAME as ADAPTER_CONFIG
 from dist_train.checkpoint.adapters import WEIGHTS_NAME as ADAPTER_WEIGHTS
@@ -32,7 +31,7 @@ from dist_train.checkpoint.foreign import ImportOptions, read_foreign
 from dist_train.checkpoint.inference import files_for_inference, find_checkpoint, list_all_files, open_whole
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.outbox import new_file, new_folder, require_new, write_into
-from dist_train.checkpoint.plain_values import REFUSED, plain_numpy
+from dist_train.checkpoint.plain_values import plain_allowed, refused_name
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.restorer import Opened
 from dist_train.checkpoint.selection import best_or_latest, open_run
@@ -176,7 +175,7 @@ def load_dictionary(path: str) -> Any:
         CorruptCheckpointError: no such file or a damaged one, or one that wants code to be run.
     """
     try:
-        with safe_globals(plain_numpy()), warnings.catch_warnings():
+        with plain_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -200,8 +199,8 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         if isinstance(error, OSError):  # a seek before its beginning: the number of the error helps nobody
             why = "it ends too early"
         return f"{path} cannot be read as a file of torch.save ({why}). It is damaged, cut short or of another kind."
-    match = REFUSED.search(text)
-    what = f"{match[1]}, which is code of a library or script" if match else "something that is not plain data"
+    name = refused_name(text)
+    what = f"{name}, which is code of a library or script" if name else "something that is not plain data"
     return (
         f"{path} was not loaded: it wants {what}, and loading that would run it; nothing was executed. If you trust "
         f"the file, make plain data of it where it can be loaded, and import that: "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from dist_train.errors import CorruptCheckpointError, FormatVersionError
@@ -120,8 +120,14 @@ class Best:
     epochs_completed: int
 
 
+class _Read:
+    """Room for what is no part of the content."""
+
+    __slots__ = ("_read_digest",)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Manifest(_Read):
     """The commit: its presence in a folder under a committed name means that every file listed is durable."""
 
     run_id: str
@@ -186,11 +192,13 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        return digest_of(self._body())
+        """Of one that was read, what its file says and was checked; thousands of tensors take their time."""
+        return getattr(self, "_read_digest", None) or digest_of(self._body())
 
     def _body(self) -> dict[str, Json]:
         """As it will be read back: keys may be numbers, which sort otherwise than the strings that they become."""
-        body: dict[str, Json] = json.loads(to_json({"format": FORMAT_VERSION, **asdict(self)}))
+        content = {one.name: _as_json(getattr(self, one.name)) for one in fields(self)}
+        body: dict[str, Json] = json.loads(to_json({"format": FORMAT_VERSION, **content}))
         return body
 
     @staticmethod
@@ -220,7 +228,9 @@ class Manifest:
             )
         if found != expected:
             raise CorruptCheckpointError(f"{path}: the manifest's digest is {found}, expected {expected}.", path)
-        return _build(body, path)
+        manifest = _build(body, path)
+        object.__setattr__(manifest, "_read_digest", found)
+        return manifest
 
 
 def digest_of(body: Json) -> str:
@@ -234,6 +244,15 @@ def to_json(body: Json, *, sort_keys: bool = False) -> str:
         return json.dumps(body, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
     except ValueError:  # a diverged run has such losses and metrics; a bare NaN would be no JSON for other languages
         return json.dumps(_tag_non_finite(body), sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
+
+
+def _as_json(value: Any) -> Json:
+    """A field's value with dictionaries in place of our dataclasses; nothing is copied that need not be."""
+    if is_dataclass(value):
+        return {one.name: getattr(value, one.name) for one in fields(value)}
+    if isinstance(value, dict):
+        return {key: _as_json(inner) if is_dataclass(inner) else inner for key, inner in value.items()}
+    return value
 
 
 def _tag_non_finite(value: Json) -> Json:

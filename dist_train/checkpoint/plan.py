@@ -6,7 +6,8 @@ over them by bytes; the boxes of a sharded tensor are written where they lie, on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,10 @@ from dist_train.errors import UnsaveableStateError
 
 GROUPS = ("model", "optimizer", "state")
 ALONE = Survey()
+PLACES = (1 << 31) - 1
+"""A prime: the sums of places of all ranks stay far below 64 bits, and a wrong one has a chance of one in two thousand
+million to look right.
+"""
 Signature = tuple[tuple[str, tuple[int, ...], torch.dtype, object], ...]
 
 
@@ -34,6 +39,8 @@ class Plan:
     tensors: dict[str, TensorEntry]
     signature: Signature
     """The plan holds as long as this stays the same."""
+    in_parts: frozenset[str] = frozenset()
+    """Names of what no rank, or not every rank, holds whole."""
     weight_map: dict[str, str] | None
     """The model's tensors -> their files, None where one of them is sharded."""
 
@@ -44,15 +51,39 @@ class Plan:
     @property
     def digest(self) -> str:
         """Equal on all ranks when their structures are."""
-        return digest_of([[name, entry.shape, entry.dtype] for name, entry in sorted(self.tensors.items())])
+        return digest_of(sorted(self.described().items()))
 
-    def written_elements(self) -> list[int]:
-        """Elements of each tensor that this rank writes, in the table's order."""
-        written = dict.fromkeys(self.tensors, 0)
+    def described(self) -> dict[str, list[object]]:
+        """What the ranks must have in common of each tensor: its shape, its dtype, and whether all hold all of it."""
+        parts = self.in_parts
+        return {name: [one.shape, one.dtype, name not in parts] for name, one in self.tensors.items()}
+
+    def written(self) -> list[int]:
+        """Two numbers for each tensor, in the table's order: how many of its elements this rank writes, and the sum of
+        their places in it, modulo `PLACES`.
+        """
+        counts = dict.fromkeys(self.tensors, 0)
+        places = dict.fromkeys(self.tensors, 0)
         for layout in self.files.values():
             for part in layout.parts:
-                written[part.name] += part.numel
-        return list(written.values())
+                counts[part.name] += part.numel
+                places[part.name] += _sum_of_places(self.tensors[part.name].shape, part.offsets, part.sizes)
+        return [number for name in self.tensors for number in (counts[name], places[name] % PLACES)]
+
+    def to_be_written(self) -> list[int]:
+        """What `written` comes to over all ranks where each element is written once."""
+        shapes = [entry.shape for entry in self.tensors.values()]
+        sums = [_sum_of_places(shape, [0] * len(shape), shape) % PLACES for shape in shapes]
+        return [number for shape, places in zip(shapes, sums, strict=True) for number in (math.prod(shape), places)]
+
+
+def _sum_of_places(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> int:
+    """Of the elements of a box, counted in the whole tensor's row-major order."""
+    twice, stride = 0, 1
+    for length, offset, size in zip(reversed(shape), reversed(offsets), reversed(sizes), strict=True):
+        twice += stride * (2 * offset + size - 1)
+        stride *= length
+    return math.prod(sizes) * twice // 2
 
 
 def signature_of(capture: Capture) -> Signature:
@@ -85,6 +116,7 @@ def make_plan(capture: Capture, rank: int, world_size: int, survey: Survey = ALO
         files=files,
         tensors=_table(capture, world_size, survey),
         signature=signature_of(capture),
+        in_parts=frozenset(capture.tensors.keys() - spread),
         weight_map=_weight_map(capture, owners, world_size),
     )
 

@@ -27,6 +27,8 @@ SEALED_PREFIX = ".sealed-"
 REPLACED_PREFIX = ".replaced-"
 _TOKEN = r"[0-9a-f]{16}"
 _RANK = re.compile(rf"(\.saving-|\.(sealed|replaced|trash)-{_TOKEN}-)?rank-\d{{5,}}\Z")
+_LONGEST_NAME = 255 - len(f"{REPLACED_PREFIX}{'0' * 16}-")
+"""Of a folder, so that it can be renamed to its names beside its place."""
 _OURS = re.compile(r".*\.safetensors\Z")
 
 
@@ -65,6 +67,7 @@ class Publication:
         Raises:
             ConfigError: it must stay, or it is not what a save of this kind has written.
         """
+        self._require_movable()
         place = self.locate()
         if place is None:
             return None
@@ -79,6 +82,22 @@ class Publication:
         found = read_checkpoint(self.store, place).manifest if MANIFEST_NAME in names else None
         self._require_ours(names, found)
         return found
+
+    def _require_movable(self) -> None:
+        """The folder is put in its place and taken away by renames, within the folder above."""
+        if os.path.ismount(self.path) or not self.name:
+            raise ConfigError(
+                f"{self.path} is where a file system is mounted, and a checkpoint takes the place of its folder as a "
+                f"whole. Give a folder below it."
+            )
+        with contextlib.suppress(OSError):  # a working directory that is gone
+            if os.path.commonpath([self.path, os.path.realpath(os.getcwd())]) == self.path:
+                raise ConfigError(
+                    f"{self.path} is the working directory or lies above it, and a checkpoint takes the place of its "
+                    f"folder as a whole. Give a folder below it."
+                )
+        if len(os.fsencode(self.name)) > _LONGEST_NAME:
+            raise ConfigError(f"{self.path}: the name of the folder is too long; at most {_LONGEST_NAME} bytes.")
 
     def _require_ours(self, names: list[str], found: Manifest | None) -> None:
         if names and all(_RANK.match(name) for name in names):
@@ -99,7 +118,11 @@ class Publication:
             )
 
     def begin(self) -> None:
-        """Clears what killed saves of this name have left, and makes the staging folder."""
+        """Clears what killed saves of this name have left, and makes the staging folder.
+
+        Raises:
+            StorageError: another save of this name begins at this very moment.
+        """
         self.store.make_directory("")
         if (place := self.locate()) not in (None, self.name):
             assert place is not None
@@ -108,8 +131,11 @@ class Publication:
         for name in self._beside():
             self.discard(name)
         self._token = secrets.token_hex(8)
-        self.store.make_directory(self.staging, exist_ok=False)
-        self.store.write_new(f"{self.staging}/{self._mark()}", b"")
+        try:
+            self.store.make_directory(self.staging, exist_ok=False)
+            self.store.write_new(f"{self.staging}/{self._mark()}", b"")
+        except (FileExistsError, FileNotFoundError) as error:
+            raise self.overtaken() from error
 
     def seal(self) -> str:
         """Takes the staging folder to a name that no other save knows, and returns that.
@@ -124,12 +150,16 @@ class Publication:
                 self.store.rename(sealed, self.staging)  # another save's, which may go on
                 raise FileNotFoundError(f"{sealed}/{self._mark()}")
         except FileNotFoundError as error:
-            raise StorageError(
-                f"The save of {self.path} was given up: its folder {self.staging} is gone or another one's. Another "
-                f"save of the same path has begun, or somebody deleted it. One path takes one save at a time."
-            ) from error
+            raise self.overtaken() from error
         self.store.unlink(f"{sealed}/{self._mark()}")
         return sealed
+
+    def overtaken(self) -> StorageError:
+        return StorageError(
+            f"The save of {self.path} was given up: its folder {self.staging} is gone or another one's. Another save "
+            f"of the same path has begun (one path takes one save at a time), somebody deleted it, or the path does "
+            f"not lie in a directory that all nodes share."
+        )
 
     def publish(self, sealed: str) -> None:
         """Puts a folder whose content is durable in its place. Durable when this returns; the old one is gone then.

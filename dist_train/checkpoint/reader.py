@@ -19,7 +19,7 @@ from dist_train.checkpoint.boxes import boxes_of, local_part, region_of
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.plan import full_name, own_name
 from dist_train.checkpoint.store import Store
-from dist_train.checkpoint.tensor_file import DTYPES, Part, read_layout
+from dist_train.checkpoint.tensor_file import DTYPES, Part, header_bytes, read_layout
 from dist_train.errors import CorruptCheckpointError, StateMismatchError
 
 _MAPPED_AT_ONCE_BYTES = 1 << 20
@@ -53,10 +53,11 @@ class CheckpointReader:
         self._maps.append(data)
         self._file_names[id(data)] = name
         group = name.split("-", 1)[0]
+        paging.read_on_request(data)
+        paging.request_range(data, 8, header_bytes(data))
         for _, part in read_layout(data, f"{self._path}/{name}"):
             full = full_name(group, part.key) if part.whole else part.name
             self._parts.setdefault(full, []).append((data, part))
-        paging.read_on_request(data)
 
     def close(self) -> None:
         self._parts.clear()

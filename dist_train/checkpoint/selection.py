@@ -41,11 +41,21 @@ def open_run(run_dir: str, *, or_checkpoint: bool = False) -> Store:
     if _is_lone_checkpoint(store):
         if or_checkpoint:
             return store
-        raise StorageError(f"{run_dir} is one checkpoint that belongs to no run, expected a run directory. {_GIVE}")
+        raise StorageError(
+            f"{run_dir} is one checkpoint that belongs to no run, expected a run directory. {_GIVE} `dist-train show`, "
+            f"`verify`, `diff` and `export` take such a checkpoint itself."
+        )
     if MANIFEST_NAME in names:
         above = os.path.dirname(os.path.dirname(os.path.abspath(run_dir)))
         raise StorageError(f"{run_dir} is one checkpoint, expected the run directory, which is {above}.")
     if CHECKPOINTS not in names and RUN_FILE not in names:
+        lone = [name for name in names if not name.startswith(".") and store.exists(f"{name}/{MANIFEST_NAME}")]
+        if lone:
+            raise StorageError(
+                f"{run_dir} is not a run directory: it holds checkpoints that belong to no run "
+                f"({', '.join(lone[:3])}), and which of them counts is for their owner to say. Give one of them to "
+                f"`dist-train show`, `verify`, `diff` or `export`."
+            )
         raise StorageError(f"{run_dir} is not a run directory: it holds neither {RUN_FILE} nor {CHECKPOINTS}/. {_GIVE}")
     return store
 

@@ -72,6 +72,6 @@ def _find_copies(meshes: list[DeviceMesh], used: Json, world: World) -> dict[Dev
 
 def _exchange(apart: Mapping[str, torch.Tensor], world: World) -> dict[str, list[Json]]:
     world.require_equal(digest_of(list(apart)), "names of tensors of which each rank has its own")
-    mine = [[list(value.shape), DTYPE_NAMES[value.dtype]] for value in apart.values()]
+    mine = [[list(value.shape), DTYPE_NAMES.get(value.dtype, "")] for value in apart.values()]
     rows = world.gather(mine, "the shapes of tensors of which each rank has its own")
     return {name: [row[place] for row in rows] for place, name in enumerate(apart)}

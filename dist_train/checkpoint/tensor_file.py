@@ -96,6 +96,11 @@ def lay_out(group: str, parts: Sequence[Part], metadata: Mapping[str, str] | Non
     return FileLayout(group=group, header=header, parts=placed, num_bytes=len(header) + position)
 
 
+def header_bytes(data: Any) -> int:
+    """Length of the JSON that begins at byte 8, as a file's first bytes tell it: whatever a damaged one says."""
+    return int.from_bytes(bytes(data[:8]), "little")
+
+
 def read_layout(data: Any, path: str) -> list[tuple[str, Part]]:
     """(key in the file, part) of every tensor in a file's bytes; names of whole tensors are the keys.
 
@@ -103,7 +108,7 @@ def read_layout(data: Any, path: str) -> list[tuple[str, Part]]:
         CorruptCheckpointError: the header cannot be read or points outside of the file.
     """
     try:
-        length = int.from_bytes(bytes(data[:8]), "little")
+        length = header_bytes(data)
         entries = json.loads(bytes(data[8 : 8 + length]))
         described = json.loads(entries.pop("__metadata__", {}).get(PARTS_KEY, "{}"))
         return [_read_part(key, entry, described.get(key), 8 + length, len(data)) for key, entry in entries.items()]

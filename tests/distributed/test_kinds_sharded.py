@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.support.forked import run_ranks
-from tests.support.kinds_sharded import SHARDED, load_all, save_all
+from tests.support.kinds_sharded import SHARDED, load_all, save_all, torch_refuses
+from tests.support.kinds_torch_refuses import TORCH_REFUSES
 from tests.support.scripts import differences
 
 pytestmark = pytest.mark.distributed
@@ -41,3 +42,8 @@ def test_what_two_ranks_leave_and_resume_ends_as_the_bare_loop_does(name: str, s
 def test_another_number_of_ranks_loads_it_whole(name: str, saved: list[dict[str, Any]], loaded: dict[str, Any]) -> None:
     assert "error" not in loaded[name], loaded[name]["error"]
     assert differences(saved[0][name]["whole"], loaded[name]["whole"]) == []
+
+
+def test_what_the_page_says_torch_refuses_is_refused_by_torch_alone() -> None:
+    for told in run_ranks(torch_refuses, 2, deadline_seconds=60):
+        assert {name for name, words in told.items() if TORCH_REFUSES[name][1] not in words} == set(), told

@@ -82,9 +82,24 @@ class Means(torch.optim.SGD):
 
 
 class MeansOfColumns(Means):
-    """Of rows that are spread over the ranks: a sum whose terms lie on all of them."""
+    """Of rows that are spread unevenly over the ranks: torch reduces these at once, and every rank has all of them."""
 
     dim = 0
+
+
+class ReducedColumns(torch.optim.SGD):
+    """Keeps what a reduction makes of each column of the gradient, whose rows are spread over the ranks."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], reduction: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(parameters, lr=0.1)
+        self._reduction = reduction
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in (one for one in group["params"] if one.dim() > 1):
+                self.state[parameter]["column"] = self._reduction(parameter.grad.square())
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -96,6 +111,8 @@ KINDS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "counting": lambda model: Counting(model.parameters(), lr=0.1),
     "rows": lambda model: Means(model.parameters(), lr=0.1),
     "columns": lambda model: MeansOfColumns(model.parameters(), lr=0.1),
+    "sum": lambda model: ReducedColumns(model.parameters(), lambda grad: grad.sum(0)),
+    "max": lambda model: ReducedColumns(model.parameters(), lambda grad: grad.amax(0)),
 }
 
 
@@ -172,18 +189,26 @@ def test_what_no_layout_cuts_goes_to_any(tmp_path: Path, world_size: int, sharde
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [((2, True), (3, True)), ((2, True), (1, False)), ((1, False), (2, True))]
+    ("kind", "source", "target"),
+    [
+        ("rows", (2, True), (3, True)),
+        ("rows", (2, True), (1, False)),
+        ("rows", (1, False), (2, True)),
+        ("columns", (2, True), (1, False)),
+        ("columns", (1, False), (2, True)),
+    ],
 )
 def test_a_dtensor_of_another_shape_than_its_parameter_is_one_again(
-    tmp_path: Path, source: tuple[int, bool], target: tuple[int, bool]
+    tmp_path: Path, kind: str, source: tuple[int, bool], target: tuple[int, bool]
 ) -> None:
-    saved = run_ranks(train, source[0], tmp_path / "run", "rows", "never", 2, source[1])
-    loaded = run_ranks(train, target[0], tmp_path / "run", "rows", "must", 0, target[1])
+    saved = run_ranks(train, source[0], tmp_path / "run", kind, "never", 2, source[1])
+    loaded = run_ranks(train, target[0], tmp_path / "run", kind, "must", 0, target[1])
     assert [rank["whole"] for rank in loaded] == [saved[0]["whole"]] * target[0]
-    run_ranks(train, target[0], tmp_path / "run", "rows", "must", 1, target[1])  # and the optimizer goes on with it
+    run_ranks(train, target[0], tmp_path / "run", kind, "must", 1, target[1])  # and the optimizer goes on with it
 
 
-def test_sums_whose_terms_lie_on_several_ranks_are_refused_by_name(tmp_path: Path) -> None:
-    for text in run_ranks(refusal, 2, tmp_path / "run", "columns", True, "never", 1):
-        assert "optimizer/0.weight/mean is a DTensor placed P(avg) on mesh dimension 0" in text
+@pytest.mark.parametrize("kind", ["sum", "max"])
+def test_what_ranks_hold_terms_of_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    for text in run_ranks(refusal, 2, tmp_path / "run", kind, True, "never", 1):
+        assert f"optimizer/0.weight/column is a DTensor placed P({kind}) on mesh dimension 0" in text
         assert "redistribute(placements=[Replicate()])" in text

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import enum
 import errno
+import io
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import warnings
-from collections import Counter
+from argparse import Namespace
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -180,23 +184,37 @@ class Opaque:
     """Nothing that JSON knows."""
 
 
+class Kind(enum.Enum):
+    ODD = 1
+
+
 @pytest.mark.parametrize(
-    ("value", "what"),
+    ("value", "what", "way_out"),
     [
-        (Opaque(), "Opaque"),
-        (torch.zeros(2, 2).to_sparse(), "layout torch.sparse_coo"),
-        (torch.zeros(2, dtype=torch.complex128), "torch.complex128"),
-        (nn.functional.relu, "relu"),
+        (Opaque(), "Opaque", "Put what it consists of"),
+        (torch.zeros(2, 2).to_sparse(), "layout torch.sparse_coo", "its indices and its values"),
+        (torch.zeros(2, dtype=torch.complex128), "torch.complex128", "Put torch.view_as_real(it)"),
+        (nn.functional.relu, "relu", "Put what it consists of"),
+        (io.BytesIO(b"a pickle"), "_io.BytesIO", "Put its getvalue() in its place"),
+        ((1, Kind.ODD), "Kind", "an enum's value"),
+        ((1, slice(3)), "a slice", "Put what it consists of"),
+        ((1, deque([1])), "collections.deque", "Put list(it)"),
+        (np.array([None]), "ObjectDType", "Put its tolist()"),
+        (torch.Generator(), "torch._C.Generator", "Put its get_state()"),
+        (Namespace(lr=1), "argparse.Namespace", "Put vars(it)"),
     ],
-    ids=["object", "sparse", "complex128", "function"],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
-def test_a_refused_value_is_named_and_the_old_checkpoint_stays(tmp_path: Path, value: Any, what: str) -> None:
+def test_a_refused_value_is_named_and_the_old_checkpoint_stays(
+    tmp_path: Path, value: Any, what: str, way_out: str
+) -> None:
     save(tmp_path, 1)
     writer = dt.StorageWriter(tmp_path / NAME)
     text = refusal(lambda: dcp.save({"fine": torch.ones(1), "deep": {"odd": value}}, storage_writer=writer))
     assert "'deep.odd' cannot be saved" in text
     assert what in text
     assert "leave 'deep.odd' out" in text
+    assert way_out in text
     assert os.listdir(tmp_path) == [NAME]
     assert load(tmp_path) == 1
 
@@ -259,7 +277,7 @@ def test_a_save_that_another_one_overtakes_fails_and_never_mixes(tmp_path: Path)
     Store(tmp_path).write_new(f"{first.staging}/x", b"first")
     second.begin()
     Store(tmp_path).write_new(f"{second.staging}/x", b"second")
-    with pytest.raises(dt.DistTrainError, match="One path takes one save at a time"):
+    with pytest.raises(dt.DistTrainError, match="one path takes one save at a time"):
         first.seal()
     assert not (tmp_path / NAME).exists()
     second.publish(second.seal())
@@ -271,6 +289,22 @@ def test_a_link_or_address_that_leads_nowhere_is_refused_before_anything(tmp_pat
     assert "s3://bucket/x is an address" in text
     assert "No path to save to" in refusal(lambda: dcp.save({"a": 1}, storage_writer=dt.StorageWriter()))
     assert "there is no such folder" in refusal(lambda: load(tmp_path))
+
+
+def test_a_folder_that_cannot_change_its_place_is_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/below")
+    for path, words in {".": "is the working directory", tmp_path / "here": "or lies above it", "/": "mounted"}.items():
+        text = refusal(lambda path=path: dcp.save({"a": 1}, storage_writer=dt.StorageWriter(path)))  # type: ignore[misc]
+        assert words in text
+    longest = "x" * 228
+    dcp.save({"a": 1}, storage_writer=dt.StorageWriter(longest))
+    dcp.save({"a": 2}, storage_writer=dt.StorageWriter(longest))
+    assert os.listdir() == [longest]
+    text = refusal(lambda: dcp.save({"a": 1}, storage_writer=dt.StorageWriter(longest + "x")))
+    assert "at most 228 bytes" in text
 
 
 # Damage

@@ -95,8 +95,21 @@ def see(script: Script, update: int) -> None:
     script.registered["callback"].see(abs(3 - update))
 
 
+def one_tensor_twice() -> dict[str, Any]:
+    one = torch.zeros(2)
+    return {"now": one, "kept": [one, torch.zeros(2)]}
+
+
+def move_one(value: dict[str, Any], update: int) -> None:
+    """Where it lies: a copy under the other name would stay behind."""
+    value["now"] += update
+    if update == 4:
+        value["kept"][1] = value["now"]
+
+
 OBJECTS: dict[str, Kind] = {
     "dict, list, tuple, set, with tensors": holding(nested, change_nested, "nested as deep as you like"),
+    "one tensor under two names": holding(one_tensor_twice, move_one, "once: it is one tensor again"),
     "numpy arrays": holding(lambda: np.zeros((2, 3), "f4"), lambda a, i: np.asfortranarray(a + i / 3).astype("f8")),
     "numpy scalars": holding(lambda: np.float32(0), lambda a, i: np.float32(a + i / 3)),
     "OrderedDict": holding(OrderedDict, reorder),

@@ -117,6 +117,18 @@ def stranger(model: nn.Module) -> optim.Optimizer:
     return optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(7))], lr=0.1)
 
 
+class WithTable(optim.SGD):
+    """Of the user's own, with a table that makes what it lacks."""
+
+    table: Any
+
+
+def with_table(model: nn.Module) -> optim.Optimizer:
+    optimizer = WithTable(model.parameters(), lr=0.1)
+    optimizer.table = defaultdict(lambda: 3)
+    return optimizer
+
+
 def strange_state(model: nn.Module) -> optim.Optimizer:
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[torch.zeros(7)] = {"momentum": torch.zeros(7)}
@@ -158,7 +170,12 @@ REFUSED: dict[str, Refused] = {
     "function in a parameter group": of_optimizer(
         group_of_functions, r"optimizer/settings/0/decay .*a name", "a name that tells which function it is"
     ),
-    "parameters of no model": of_optimizer(stranger, r"trains 1 tensors.*run\.register", "register their module"),
+    "defaultdict of a lambda in an optimizer": of_optimizer(
+        with_table, r"optimizer/~own/table holds a .*dict\(it\)", "`dict(it)`, or a factory such as int"
+    ),
+    "parameters of nothing that is saved": of_optimizer(
+        stranger, r"trains 1 tensors.*run\.register", "register their module"
+    ),
     "state of a tensor in no group": of_optimizer(strange_state, r"none of its groups.*lr=0", "a group with `lr=0`"),
     "optimizer given to register": Refused(
         build=simple(registered=twice), says=r"optimizer=\{'main'.*'again'", instead="`optimizer={...}`"

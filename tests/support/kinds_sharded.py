@@ -6,6 +6,7 @@ Each rank trains on batches of its own. `save_all`, `resume_all` and `load_all` 
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,28 @@ from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler as rates
 
 import dist_train as dt
-from tests.support.kinds_models import Ema, Tied, Watching, adamw, checkpointed, partly_frozen
-from tests.support.kinds_optimizers import Lookahead, Sam, ScheduleFree, SharedCount, plain_layers, with_closure
+from tests.support.kinds_changing import Changing, Noisy, Registering
+from tests.support.kinds_models import (
+    Ema,
+    Float8,
+    Recomputing,
+    Tied,
+    Watching,
+    adamw,
+    checkpointed,
+    partly_frozen,
+    spectral_normed,
+    weight_normed,
+)
+from tests.support.kinds_optimizers import (
+    Lookahead,
+    Sam,
+    ScheduleFree,
+    SharedCount,
+    plain_layers,
+    with_closure,
+)
+from tests.support.kinds_own import Own, Telling, remember
 from tests.support.scripts import (
     WIDTH,
     Script,
@@ -75,6 +96,17 @@ def low() -> nn.Module:
             return super().forward(values.bfloat16()).float()
 
     return Casting(nn.Linear(4, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1)).bfloat16()
+
+
+def tied_around_body() -> nn.Module:
+    model = Tied()
+    if dist.is_initialized():
+        fully_shard(model.body)
+    return at_once(model)
+
+
+def grow(buffer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.cat([buffer, values.mean(0, keepdim=True)])
 
 
 def two_models() -> Script:
@@ -151,6 +183,32 @@ def replaying() -> Script:
     return Script(model=model, optimizer=optimizer, registered={"buffer": buffer}, each_rank=("buffer",), step=step)
 
 
+def scaled() -> Script:
+    """fp16's scaler: update 1 overflows and is skipped on every rank; gradients are clipped by the whole norm."""
+    model = shard(plain_layers())
+    optimizer = adamw(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)  # type: ignore[attr-defined]
+
+    def step(update: int) -> torch.Tensor:
+        loss = loss_of(model, update)
+        scaler.scale(loss * (float("inf") if update == 1 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss
+
+    return Script(model=model, optimizer=optimizer, registered={"scaler": scaler}, step=step)
+
+
+def compiled_layers() -> nn.Module:
+    model = network()
+    for part in (model[0], model[-1]):
+        part.compile(backend="eager")
+    return model
+
+
 def momentum(model: nn.Module) -> optim.Optimizer:
     return optim.SGD(model.parameters(), lr=0.05, momentum=0.9, dampening=0.1)
 
@@ -160,6 +218,22 @@ def ema_step(script: Script, update: int) -> None:
 
 
 SHARDED: dict[str, Callable[[], Script]] = {
+    "GradScaler in a plain loop": scaled,
+    "torch.compile(model)": simple(lambda: torch.compile(shard(network()), backend="eager"), adamw),  # type: ignore[arg-type,return-value]
+    "compiled part": of(compiled_layers),
+    "activation checkpointing": of(Recomputing),
+    "embedding and head tied, the body sharded by itself": simple(tied_around_body, adamw),
+    "fp8 weights": simple(lambda: at_once(Float8()), lambda m: optim.AdamW([m.master], lr=0.05)),
+    "AdamW with a tensor rate": of(network, lambda m: optim.AdamW(m.parameters(), lr=torch.tensor(0.05))),
+    "SGD without momentum": of(network, lambda m: optim.SGD(m.parameters(), lr=0.05)),
+    "Adagrad": of(network, lambda m: optim.Adagrad(m.parameters(), lr=0.05)),
+    "weight_norm": of(weight_normed),
+    "spectral_norm": of(spectral_normed),
+    "buffer that grows": of(lambda: Changing(lambda: torch.zeros(0, 4), grow, True)),
+    "buffers that a forward pass registers": of(Registering),
+    "generators in a module": of(Noisy),
+    "deque in an optimizer": of(network, lambda m: Own(m.parameters(), lambda: deque(maxlen=3), remember)),
+    "optimizer that adds to its state_dict": of(network, lambda m: Telling(m.parameters())),
     "AdamW fused": of(network, lambda m: optim.AdamW(m.parameters(), lr=0.05, fused=True)),
     "SGD with momentum": of(network, momentum),
     "schedule-free": of(plain_layers, lambda m: ScheduleFree(m.parameters())),
@@ -199,6 +273,20 @@ def _save(name: str, run_dir: Path) -> Any:
     found = differences(everything(straight), everything(resumed))
     found += [] if again == losses[LEFT_AT:] else ["the losses"]
     return {"differences": found, "whole": whole}
+
+
+def torch_refuses() -> dict[str, str]:
+    """What torch says, without the library, of what it cannot do sharded; empty where it can."""
+    from tests.support.kinds_torch_refuses import TORCH_REFUSES
+
+    told = {}
+    for name, (build, _) in TORCH_REFUSES.items():
+        try:
+            train_bare(build(), range(1))
+            told[name] = ""
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    return told
 
 
 def load_all(folder: str) -> dict[str, Any]:
@@ -255,6 +343,18 @@ def whole_tensors(script: Script) -> dict[str, Any]:
 def _whole(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    value = value.full_tensor() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        value = _whole_of(value)
     flat = value.detach().contiguous().reshape(-1)
     return (str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes())
+
+
+def _whole_of(value: DTensor) -> torch.Tensor:
+    """Of eight bits as bytes: gloo knows no such floats."""
+    if value.dtype.itemsize > 1:
+        return value.full_tensor()
+    local = value.to_local().detach().view(torch.uint8)
+    whole = DTensor.from_local(
+        local, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+    return whole.full_tensor().view(value.dtype)

@@ -194,17 +194,17 @@ def _by_hand(value: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placeme
         _stride(one.dim % value.dim(), one.split_factor) if isinstance(one, _StridedShard) else one
         for one in placements
     ]
-    local = _as_torch_splits(value, mesh, fixed)
+    local = as_torch_splits(value, mesh, fixed)
     return DTensor.from_local(local, mesh, fixed, run_check=False, shape=value.shape, stride=value.stride())
 
 
-def _as_torch_splits(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> torch.Tensor:
+def as_torch_splits(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> torch.Tensor:
     """What belongs on this rank: torch's own splitting, one dimension of the mesh after the other."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return whole.new_empty(0)
     for index, (count, place) in enumerate(zip(mesh.shape, coordinate, strict=True)):
-        if not isinstance(placements[index], Replicate):
+        if isinstance(placements[index], (Shard, _StridedShard)):
             pieces, _ = placements[index]._split_tensor(whole, count, with_padding=False, contiguous=True)  # type: ignore[attr-defined]
             whole = pieces[place]
     return whole
@@ -267,18 +267,20 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _expected(name: str, tensor: torch.Tensor) -> torch.Tensor:
     whole = value_of(name, tensor)
-    return _as_torch_splits(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
+    return as_torch_splits(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
 
 
 def differences(standing: Standing, *, counters: bool = True) -> list[str]:
     """Names of what is not, bit for bit, what belongs here."""
-    wrong = [name for name, tensor in standing.tensors() if not _same_bits(_local(tensor), _expected(name, tensor))]
+    wrong = [name for name, tensor in standing.tensors() if not same_bits(_local(tensor), _expected(name, tensor))]
     return wrong + [f"a step of {count}" for count in standing.counts() if counters and count != COUNT]
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other) if tensor.numel()]
-    return one.shape == other.shape and one.dtype == other.dtype and (not flat or torch.equal(*flat))
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    flat = [torch.empty(one.numel(), dtype=one.dtype).copy_(tensor.reshape(-1)) for tensor in (one, other)]
+    return torch.equal(*(tensor.view(torch.uint8) for tensor in flat))
 
 
 # On the ranks
@@ -298,7 +300,7 @@ def open_run(run_dir: Path, standing: Standing, resume: str) -> Run:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Another world size is a warning, and nothing new here."""
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -307,7 +309,7 @@ def _quietly() -> Iterator[None]:
 
 def save_all(stands: Sequence[Stand], folder: Path) -> None:
     """On every rank of one world: each stand's run with one checkpoint."""
-    with _quietly():
+    with quietly():
         for stand in stands:
             standing = build(stand, empty=False)
             with open_run(folder / stand.id, standing, "never") as run:
@@ -320,7 +322,7 @@ def save_all(stands: Sequence[Stand], folder: Path) -> None:
 def load_all(stands: Sequence[Stand], sources: Sequence[Stand], folder: Path) -> dict[tuple[str, str], list[str]]:
     """On every rank of one world: what differs here after each stand has resumed from each source."""
     found: dict[tuple[str, str], list[str]] = {}
-    with _quietly():
+    with quietly():
         for stand in stands:
             for source in sources:
                 standing = build(stand, empty=True)
@@ -333,7 +335,9 @@ def load_all(stands: Sequence[Stand], sources: Sequence[Stand], folder: Path) ->
     return found
 
 
-def try_pairs(pairs: Sequence[tuple[Stand, Stand]], folder: Path) -> dict[tuple[str, str], list[str]]:
+def try_pairs(
+    pairs: Sequence[tuple[Stand, Stand]], folder: Path, tell: Callable[[str], None] = lambda text: None
+) -> dict[tuple[str, str], list[str]]:
     """What differs, and where, after each pair (source, target); one set of ranks a world size saves, one loads."""
     for world_size in sorted({source.world_size for source, _ in pairs}):
         mine = sorted({source for source, _ in pairs if source.world_size == world_size})
@@ -345,6 +349,7 @@ def try_pairs(pairs: Sequence[tuple[Stand, Stand]], folder: Path) -> dict[tuple[
             for rank, told in enumerate(ranks):
                 for pair, wrong in told.items():
                     found.setdefault(pair, []).extend(f"rank {rank}: {text}" for text in wrong)
+            tell(f"{len(found)} of {len(pairs)} pairs tried")
     return found
 
 
@@ -371,17 +376,50 @@ def all_pairs() -> list[tuple[Stand, Stand]]:
 INTRODUCTION = """\
 # Any layout to any other
 
-What comes of a checkpoint that was saved in one layout and is loaded in another, as it was tried on gloo. This page is
-written by `python -m tests.support.layout_matrix docs/layouts.md`, which tries every pair; so does
-`scripts/check.sh --all`, and `scripts/check.sh` tries a sample. *n of n* counts the pairs of world sizes whose weights,
-buffers and AdamW state were, on every rank and bit for bit, what belongs there, with the counters of optimizer and run.
+You may change the sharding, the mesh or the number of ranks between one start of a run and the next. Nothing is
+converted, and no option says so: build the model in its new layout and run the same command. The ranks share the files
+among them to verify them; then each reads its own part, and no rank holds more than that. Samples, updates and learning
+rates go on as if nothing had changed. Random numbers that are drawn in training (dropout) do not, if the number of
+ranks is another one: a warning says so.
+
+The table shows what came of every pair of layouts, on gloo. *25 of 25* means: saved with each of five numbers of ranks,
+loaded with each of five, and every time all weights, all buffers and all of AdamW's state were on every rank, bit for
+bit, what belongs there, and the counters of optimizer and run were right. What belongs there is not asked of
+dist_train: the values are known beforehand, and torch's own splitting says which of them a rank holds.
+
+| layout | what it is |
+|---|---|
+| whole (DDP) | every rank holds all of it: `DistributedDataParallel`, and one process alone |
+| FSDP2 | `fully_shard` on one mesh dimension: rows over all ranks, one parameter left out of it |
+| HSDP | `fully_shard` on two mesh dimensions: two copies, each sharded |
+| TP | `parallelize_module` by columns and by rows, over all ranks |
+| copies of TP | tensor parallel inside of each half of the ranks; each tensor knows the mesh of its own half only |
+| FSDP2 + TP | both, on two mesh dimensions: torch makes strided shards (`_StridedShard`) of it |
+| HSDP + TP | all three, on three mesh dimensions |
+| strided by hand | a rank's part of a tensor is several pieces that are not adjacent, in one dimension or in two |
+| sharded and plain | some parameters by rows, some by columns, the others plain tensors on every rank |
+| a rank without | the matrices lie on a mesh that leaves the last rank out |
 
 The model has rows that divide by no number of ranks, parameters with fewer elements than ranks, a tied parameter, a
-scalar and two dtypes. *whole*: every rank holds it, in `DistributedDataParallel` where there are several. *copies of
-TP*: tensor parallel inside of each half of the ranks, and each tensor knows the mesh of its own half only. *FSDP2 +
-TP*: two mesh dimensions, with strided shards. *strided by hand*: a rank's part of a tensor is several pieces that are
-not adjacent. *sharded and plain*: some parameters by rows, some by columns, the others on every rank. *a rank without*:
-the matrices lie on a mesh that leaves the last rank out.""".splitlines()
+scalar and two dtypes.""".splitlines()
+AFTER_TABLE = """\
+`python -m tests.support.layout_matrix docs/layouts.md` tries every pair and writes this page; it takes six minutes on
+two cores. `scripts/check.sh --all` tries every pair, too, and `scripts/check.sh` one pair for each layout. Layouts that
+torch allows and no framework makes (ranks of a mesh in another order, one dimension cut twice, parts in odd memory, all
+dtypes) are tried by `tests/distributed/test_odd_layouts.py`.
+
+## What is refused
+
+Each with a message that names the tensor, on every rank, before the first update (state that an optimizer makes in its
+first step: at the first save):
+
+- `Partial` placements: the values are sums of what several ranks hold, and lie on none of them. Reduce them first.
+- Parts that are not what their placements say: padded ones, or a DTensor whose shape differs from rank to rank.
+- Ranks that do not lay a tensor out alike: sharded on some and plain on others, or a mesh with its ranks in another
+  order on some.
+- Tensors that only some ranks have (the stages of a pipeline). `dcp.save` with `dt.StorageWriter` takes them.
+- On load: plain tensors that an optimizer keeps of each rank's own part (blocks of 8 bits), where the layout has
+  changed. Nothing tells how to cut them anew; in the same layout they come back.""".splitlines()
 
 
 def page(found: Mapping[tuple[str, str], list[str]]) -> str:
@@ -399,14 +437,14 @@ def page(found: Mapping[tuple[str, str], list[str]]) -> str:
             ]
             cells.append(f"{sum(one == [] for one in told)} of {len(told)}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *AFTER_TABLE]) + "\n"
 
 
 def main() -> int:
     """All pairs; those that fail are told, and there is no page then."""
     folder = Path(tempfile.mkdtemp(prefix="layouts-"))
     try:
-        found = try_pairs(all_pairs(), folder)
+        found = try_pairs(all_pairs(), folder, print)
     finally:
         shutil.rmtree(folder)
     failed = {pair: wrong for pair, wrong in found.items() if wrong}

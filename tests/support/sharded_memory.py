@@ -16,10 +16,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_train as dt
+from dist_train.checkpoint import snapshot
+from dist_train.checkpoint.boxes import local_part
+from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.run import Run
 from tests.support import memory_run
 
@@ -43,18 +48,59 @@ def measured(peak: Peak) -> Iterator[None]:
         peak["hwm"] = (peaks["hwm"] - before["VmRSS"]) / 1000
 
 
+def build(megabytes: int) -> nn.Module:
+    """Layers of just below 1 MiB, hundreds of them, and last, when all else has its memory, one of a quarter of it."""
+    torch.manual_seed(0)
+    large = nn.Linear(512, megabytes * 122, bias=False)
+    return nn.Sequential(*(nn.Linear(512, 511) for _ in range(megabytes * 3 // 4)), large)
+
+
 def model_of(megabytes: int, *, kind: str) -> nn.Module:
-    """`sharded`, `meta` (sharded before it has any memory) or `plain` under DistributedDataParallel."""
+    """`sharded` by rows (FSDP2), `meta` (the same before it has any memory), by `columns` (DTensor), or `plain` under
+    DistributedDataParallel.
+    """
     with torch.device("meta" if kind == "meta" else "cpu"):
-        model = memory_run.build(megabytes)
+        model = build(megabytes)
     if kind == "plain":
         return DistributedDataParallel(model)
+    if kind == "columns":
+        return cut_columns(model)
     fully_shard(model)
     return model.to_empty(device="cpu") if kind == "meta" else model
 
 
-def save(folder: str, megabytes: int, kind: str) -> tuple[Peak, Peak]:
+def cut_columns(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placement = Shard(1) if parameter.dim() > 1 else Replicate()
+            setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement])))
+    return model
+
+
+def gather_whole_parameters() -> None:
+    """What must never be done, in this process from now on: a save gathers each parameter, a load reads all of it."""
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, DTensor):
+            tensor.detach().full_tensor()
+        return local_part(tensor)
+
+    def fill(reader: CheckpointReader, name: str, target: torch.Tensor) -> None:
+        if isinstance(target, DTensor):
+            whole = torch.empty(tuple(target.shape), dtype=target.dtype)
+            reader.fill_box(name, whole, (0,) * whole.dim(), tuple(whole.shape))
+        fill_part(reader, name, target)
+
+    fill_part = CheckpointReader.fill
+    snapshot.local_part = gather
+    CheckpointReader.fill = fill  # type: ignore[method-assign]
+
+
+def save(folder: str, megabytes: int, kind: str, gathers: bool = False) -> tuple[Peak, Peak]:
     """Peaks of a first save and of one more."""
+    if gathers:
+        gather_whole_parameters()
     first, second = Peak(), Peak()
     model = model_of(megabytes, kind=kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -73,8 +119,10 @@ def save(folder: str, megabytes: int, kind: str) -> tuple[Peak, Peak]:
     return first, second
 
 
-def resume(folder: str, megabytes: int, kind: str) -> Peak:
+def resume(folder: str, megabytes: int, kind: str, gathers: bool = False) -> Peak:
     """The peak of a resume; with `meta`, of building the model, too."""
+    if gathers:
+        gather_whole_parameters()
     peak = Peak()
     if kind != "meta":
         model = model_of(megabytes, kind=kind)

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import xxhash
 
+from dist_train.checkpoint.dcp_writer import StorageWriter
 from dist_train.checkpoint.manifest import BRANCH_FILE, FileEntry, Manifest, Progress, TensorEntry
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.checkpoint.reader import CheckpointReader
@@ -208,6 +210,25 @@ def test_a_reader_written_from_the_document_joins_parts(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(one.to_json())
     np.testing.assert_array_equal(read_checkpoint(tmp_path)[1]["model/w"], whole.numpy())
     CheckpointReader(Store(tmp_path.parent), tmp_path.name, one).close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_reader_reads_what_storage_writer_wrote(tmp_path: Path) -> None:
+    weight, pair = torch.arange(12.0).reshape(3, 4), (1, torch.ones(2))
+    state = {"model": {"w": weight}, "optimizer": {"state": {"w": {"step": torch.tensor(3.0)}}}, "layers.w": weight + 1}
+    dcp.save(state | {"model/odd": weight + 2, "pair": pair}, storage_writer=StorageWriter(tmp_path / "a"))
+    manifest, tensors = read_checkpoint(tmp_path / "a")
+    names = {"model/w": weight, "optimizer/state.w.step": 3, "layers.w": weight + 1, "dcp/model/odd": weight + 2}
+    names["dcp/~values/pair/1"] = torch.ones(2)
+    assert tensors.keys() == names.keys()
+    for name, value in names.items():
+        assert np.array_equal(tensors[name], np.asarray(value)), name
+    kept = manifest["state"]["dcp"]
+    assert kept["values"]["pair"]["items"] == [1, {"$": "tensor", "name": "dcp/~values/pair/1", "device": "cpu"}]
+    assert kept["planner_data"]["model.w"] == {"$": "tuple", "items": ["model", "w"]}
+    assert manifest["reason"] == "dcp"
+    for key in [*kept, *kept["fragments"], *manifest["settings"], "~values", "~fragments", "rank-RRRRR"]:
+        assert f"`{key}`" in DOCUMENT or f"/{key}/" in DOCUMENT, key
 
 
 def test_every_key_of_a_manifest_is_documented(trained: tuple[Path, Net, torch.optim.Optimizer]) -> None:

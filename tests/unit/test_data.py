@@ -27,6 +27,7 @@ from dist_train.data import (
     evaluation_loader,
 )
 from dist_train.errors import ConfigError
+from dist_train.places import Place
 
 few = settings(max_examples=50, deadline=None)
 
@@ -88,7 +89,7 @@ def test_ranks_together_take_the_order_of_one_rank_even_when_their_number_change
     expected = full_order(make_sampler())
     taken: list[SampleKey] = []
     for world_size, start, stop in ((1, 0, 16), (3, 16, 32), (2, 32, 50)):
-        samplers = [make_sampler(rank=rank, world_size=world_size) for rank in range(world_size)]
+        samplers = [make_sampler(place=Place(rank, world_size)) for rank in range(world_size)]
         for sampler in samplers:
             sampler.set_position(epoch=0, samples_into_epoch=start)
         for step, lists in enumerate(zip(*samplers, strict=True)):
@@ -138,7 +139,7 @@ def test_drop_last_that_leaves_no_update_is_refused() -> None:
 @given(num_samples=st.integers(1, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 9))
 def test_evaluation_shards_hold_each_sample_exactly_once(num_samples: int, batch_size: int, world_size: int) -> None:
     shards = [
-        ShardSampler(num_samples, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+        ShardSampler(num_samples, batch_size=batch_size, place=Place(rank, world_size)) for rank in range(world_size)
     ]
     assert [key.index for shard in shards for batch in shard for key in batch] == list(range(num_samples))
     sizes = [sum(shard.batch_sizes()) for shard in shards]
@@ -153,7 +154,7 @@ def test_evaluation_shards_hold_each_sample_exactly_once(num_samples: int, batch
 @given(num_samples=st.integers(1, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 9))
 def test_evaluation_has_as_many_batches_on_every_rank(num_samples: int, batch_size: int, world_size: int) -> None:
     shards = [
-        ShardSampler(num_samples, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+        ShardSampler(num_samples, batch_size=batch_size, place=Place(rank, world_size)) for rank in range(world_size)
     ]
     for batches in zip(*(shard.batch_sizes() for shard in shards), strict=True):
         assert max(batches) - min(batches) <= 1
@@ -271,7 +272,7 @@ def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     sampler = data_loader(Augmented(), global_batch_size=9).batch_sampler
-    assert (sampler.rank, sampler.world_size) == (2, 3)
+    assert sampler.place == Place(2, 3)
     assert [len(batch) for batch in evaluation_loader(Augmented(), batch_size=5)] == [4, 3]
 
 

@@ -140,7 +140,30 @@ def test_commands_that_manage_a_run_leave_it_alone(tmp_path: Path, command: list
     code, _, err = call(command[0], tmp_path / "a", *command[2:])
     assert code != 0
     assert "belongs to no run" in err
+    assert "`verify`, `diff` and `export` take such a checkpoint" in err
     assert sorted(one.name for one in (tmp_path / "a").iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "prune"])
+def test_a_folder_of_such_checkpoints_is_told_from_a_run(tmp_path: Path, command: str) -> None:
+    for step in (1, 2):
+        saved(tmp_path / f"step-{step}")
+    code, _, err = call(command, tmp_path)
+    assert code != 0
+    assert "checkpoints that belong to no run (step-1, step-2)" in err
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
+@pytest.mark.parametrize("way", ["resume", "warm_start"])
+def test_a_run_begins_with_the_weights_of_such_a_checkpoint(tmp_path: Path, way: str) -> None:
+    model, other = saved(tmp_path / "a", seed=1), nn.Linear(4, 3)
+    options: dict[str, Any] = {"resume": str(tmp_path / "a")}
+    if way == "warm_start":
+        options = {"options": dt.RunOptions(warm_start=str(tmp_path / "a"))}
+    parts: dict[str, Any] = {"model": other, "optimizer": torch.optim.SGD(other.parameters())}
+    quietly = contextlib.redirect_stdout(io.StringIO())
+    with quietly, Run(str(tmp_path / "run"), **parts, **options):
+        assert torch.equal(other.weight, model.weight)
 
 
 # A run's checkpoint under torch's keys
@@ -244,6 +267,20 @@ def test_the_writer_goes_to_another_process_without_its_copy_of_the_state(tmp_pa
     assert pickle.loads(sent).checkpoint_id == tmp_path / "a"
     dcp.save({"a": 1}, storage_writer=writer)
     pickle.dumps(writer)
+
+
+def test_a_reader_that_is_kept_holds_no_file_and_reads_again(tmp_path: Path) -> None:
+    """Else a checkpoint that is deleted while training goes on keeps its place on the disk."""
+    model = saved(tmp_path / "a")
+    reader = dt.StorageReader(tmp_path / "a")
+    state = {"model": nn.Linear(4, 3).state_dict()}
+    dcp.load(state, storage_reader=reader)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    planner = dcp.DefaultLoadPlanner()
+    state["model"]["weight"].zero_()
+    planner.set_up_planner(state, dt.StorageReader(tmp_path / "a").read_metadata())
+    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+    assert torch.equal(state["model"]["weight"], model.weight)
 
 
 def test_each_file_is_verified_by_one_rank_and_as_evenly_as_can_be(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def batches(count: int) -> Iterator[torch.Tensor]:
 
 
 def test_batches_come_in_order_and_the_window_ends_after_4_8_and_10() -> None:
-    feed = BatchFeed(None, CPU)
+    feed = BatchFeed(None, CPU, rank=0)
     ends, seen = [], []
-    for batch in feed.training_batches(batches(10), LAYOUT, 0, never):
+    for batch in feed.training_batches(batches(10), LAYOUT, never):
         seen.append(int(batch))
         feed.consume()
         if not feed.in_window:
@@ -55,9 +55,9 @@ def test_batches_come_in_order_and_the_window_ends_after_4_8_and_10() -> None:
 
 
 def weights_of(one: Any) -> list[float]:
-    feed = BatchFeed(one, CPU)
+    feed = BatchFeed(one, CPU, rank=0)
     weights = []
-    for _ in feed.training_batches(batches(10), LAYOUT, 0, never):
+    for _ in feed.training_batches(batches(10), LAYOUT, never):
         weights.append(feed.micro.weight)
         feed.consume()
     return weights
@@ -73,9 +73,9 @@ def test_without_accelerate_the_weights_of_a_window_add_up_to_one() -> None:
 
 def test_accelerate_is_told_the_accumulation_and_where_the_epoch_ends() -> None:
     one = accelerator()
-    feed = BatchFeed(one, CPU)
+    feed = BatchFeed(one, CPU, rank=0)
     ends = []
-    for _ in feed.training_batches(batches(10), LAYOUT, 0, never):
+    for _ in feed.training_batches(batches(10), LAYOUT, never):
         (end,) = one.gradient_state.active
         ends.append((end.end_of_dataloader, end.remainder))
         feed.consume()
@@ -86,7 +86,7 @@ def test_accelerate_is_told_the_accumulation_and_where_the_epoch_ends() -> None:
 
 def test_accelerate_forgets_an_epoch_that_was_left_early() -> None:
     one = accelerator()
-    given = BatchFeed(one, CPU).training_batches(batches(10), LAYOUT, 0, never)
+    given = BatchFeed(one, CPU, rank=0).training_batches(batches(10), LAYOUT, never)
     next(given)
     given.close()
     assert one.gradient_state.active == []
@@ -100,26 +100,26 @@ def test_an_iterator_is_made_at_once_so_that_it_draws_before_generators_are_rest
             made.append(True)
             return batches(10)
 
-    BatchFeed(None, CPU).training_batches(Loader(), LAYOUT, 0, never)
+    BatchFeed(None, CPU, rank=0).training_batches(Loader(), LAYOUT, never)
     assert made == [True]
 
 
 def test_no_batch_is_fetched_after_a_stop() -> None:
     fetched = []
-    feed = BatchFeed(None, CPU)
+    feed = BatchFeed(None, CPU, rank=0)
 
     def fetching() -> Iterator[torch.Tensor]:
         for batch in batches(10):
             fetched.append(int(batch))
             yield batch
 
-    for _ in feed.training_batches(fetching(), LAYOUT, 0, lambda: len(fetched) == 4):
+    for _ in feed.training_batches(fetching(), LAYOUT, lambda: len(fetched) == 4):
         feed.consume()
     assert fetched == [0, 1, 2, 3]
 
 
 def test_a_batch_that_was_not_consumed_is_an_error() -> None:
-    given = BatchFeed(None, CPU).training_batches(batches(10), LAYOUT, 0, never)
+    given = BatchFeed(None, CPU, rank=0).training_batches(batches(10), LAYOUT, never)
     next(given)
     with pytest.raises(ConfigError, match=r"run.step\(\) was not called after the last batch; call it once a batch"):
         next(given)
@@ -128,8 +128,8 @@ def test_a_batch_that_was_not_consumed_is_an_error() -> None:
 def test_a_window_without_synchronised_gradients_is_an_error() -> None:
     one = accelerator()
     one.sync_gradients = False
-    feed = BatchFeed(one, CPU)
-    given = feed.training_batches(batches(10), LAYOUT, 0, never)
+    feed = BatchFeed(one, CPU, rank=0)
+    given = feed.training_batches(batches(10), LAYOUT, never)
     for _ in range(3):
         next(given)
         feed.consume()
@@ -139,7 +139,7 @@ def test_a_window_without_synchronised_gradients_is_an_error() -> None:
 
 
 def test_without_a_training_loader_every_step_is_an_update_outside_of_any_window() -> None:
-    feed = BatchFeed(None, CPU)
+    feed = BatchFeed(None, CPU, rank=0)
     micro = feed.consume()
     assert (micro.ends_window, micro.ends_epoch, micro.window_samples, micro.weight) == (True, False, 0, 1.0)
     assert not feed.in_window
@@ -147,7 +147,7 @@ def test_without_a_training_loader_every_step_is_an_update_outside_of_any_window
 
 
 def test_plain_batches_do_not_move_the_position() -> None:
-    feed = BatchFeed(None, CPU)
+    feed = BatchFeed(None, CPU, rank=0)
     before = feed.micro
     assert [int(batch) for batch in feed.plain_batches(batches(3), never)] == [0, 1, 2]
     assert feed.micro is before
@@ -155,12 +155,12 @@ def test_plain_batches_do_not_move_the_position() -> None:
 
 def test_plain_batches_end_on_a_stop() -> None:
     seen: list[int] = []
-    for batch in BatchFeed(None, CPU).plain_batches(batches(3), lambda: len(seen) == 1):
+    for batch in BatchFeed(None, CPU, rank=0).plain_batches(batches(3), lambda: len(seen) == 1):
         seen.append(int(batch))
     assert seen == [0]
 
 
 def test_batches_are_moved_to_the_device() -> None:
-    feed = BatchFeed(None, torch.device("meta"))
+    feed = BatchFeed(None, torch.device("meta"), rank=0)
     (batch,) = feed.plain_batches([{"x": torch.ones(2), "name": "a"}], never)
     assert (batch["x"].device.type, batch["name"]) == ("meta", "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,6 +191,14 @@ def test_a_newer_format_is_named_and_not_called_corrupt() -> None:
 def test_digest_depends_on_content_and_not_on_order() -> None:
     assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
     assert digest_of({"a": 1}) != digest_of({"a": 1.5})
+
+
+def test_the_digest_of_one_that_was_read_is_its_content_s_and_no_copy_has_it() -> None:
+    written = manifest(3, metrics={"loss": 1.5}, tensors={"model/w": TensorEntry(shape=[2], dtype="F32")})
+    read = Manifest.from_json(written.to_json())
+    assert read.digest == written.digest
+    changed = replace(read, sequence=4)
+    assert changed.digest == Manifest.from_json(changed.to_json()).digest != read.digest
 
 
 @given(st.integers(0, 10**12), st.integers(0, 50))

@@ -287,6 +287,21 @@ def test_parameters_that_moved_to_a_group_of_their_own_keep_their_state(run_dir:
 # Optimizers whose state has other shapes than their parameters
 
 
+class MadeAtOnce(torch.optim.Optimizer):
+    """As torch's Adagrad was up to 2.12: a step finds the state there, or fails."""
+
+    def __init__(self, parameters: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(parameters, defaults)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["sum"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["sum"].add_(parameter.grad)
+            parameter.sub_(self.state[parameter]["sum"], alpha=0.1)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -295,6 +310,7 @@ def test_parameters_that_moved_to_a_group_of_their_own_keep_their_state(run_dir:
         pytest.param(lambda m: torch.optim.Adagrad(m.parameters(), lr=0.1), id="Adagrad"),
         pytest.param(lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, amsgrad=True, foreach=True), id="amsgrad"),
         pytest.param(lambda m: torch.optim.Rprop(m.parameters(), lr=0.1), id="Rprop"),
+        pytest.param(lambda m: MadeAtOnce(m.parameters(), {"lr": 0.1}), id="state from the constructor"),
     ],
 )
 def test_optimizers_of_every_kind_go_on_with_what_is_left(make: Any, tmp_path: Path) -> None:

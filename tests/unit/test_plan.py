@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.capture import Capture
-from dist_train.checkpoint.plan import Plan, full_name, group_of, key_in_file, make_plan, own_name, signature_of
+from dist_train.checkpoint.joint_plan import plan_together
+from dist_train.checkpoint.plan import PLACES, Plan, full_name, group_of, key_in_file, make_plan, own_name, signature_of
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.errors import CorruptCheckpointError, StateMismatchError, UnsaveableStateError
+from dist_train.world import SoloWorld
 from tests.support.cycle import open_checkpoint, sample_tensor, write_checkpoint
 
 shapes = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=12)
@@ -42,8 +44,12 @@ def test_every_element_is_written_exactly_once(
     shapes: list[tuple[int, ...]], world_size: int, main: int, own: int
 ) -> None:
     plans = plans_of(capture_of(shapes, main=main, own=own), world_size)
-    written = [sum(column) for column in zip(*(plan.written_elements() for plan in plans), strict=True)]
-    assert written == [math.prod(entry.shape) for entry in plans[0].tensors.values()]
+    written = [sum(column) for column in zip(*(plan.written() for plan in plans), strict=True)]
+    assert written[::2] == [math.prod(entry.shape) for entry in plans[0].tensors.values()]
+    assert [written[::2], [one % PLACES for one in written[1::2]]] == [
+        plans[0].to_be_written()[::2],
+        plans[0].to_be_written()[1::2],
+    ]
     parts = Counter(part.name for plan in plans for layout in plan.files.values() for part in layout.parts)
     assert parts == dict.fromkeys(plans[0].tensors, 1), "empty tensors are written once, too"
 
@@ -203,3 +209,10 @@ def test_an_empty_file_is_corrupt_and_named(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(CorruptCheckpointError, match="model-00001-of-00001"):
         CheckpointReader(Store(tmp_path), "checkpoints/step-00000001", manifest)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "per_rank"])
+def test_a_dtype_that_cannot_be_kept_is_named_whether_ranks_share_it_or_not(kind: str) -> None:
+    capture = Capture(**{kind: {"optimizer/a/state": torch.zeros(2, dtype=torch.complex128)}})
+    with pytest.raises(UnsaveableStateError, match=r"optimizer/a/state has dtype torch\.complex128"):
+        plan_together(capture, SoloWorld())

@@ -20,6 +20,7 @@ from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.plan import make_plan
 from dist_train.errors import StateMismatchError, UnsaveableStateError
 from dist_train.model_state import clean_name
+from dist_train.optimizer_state import step_device
 from dist_train.rng import capture_rng, restore_rng
 from dist_train.state import LiveState
 from tests.support.cycle import open_checkpoint, sample_tensor, write_checkpoint
@@ -629,3 +630,31 @@ def test_an_unsaveable_buffer_is_refused_by_name(value: torch.Tensor) -> None:
 def test_a_lazy_module_that_was_never_called_is_refused_by_name() -> None:
     with pytest.raises(UnsaveableStateError, match="model/weight"):
         make_plan(live_state(nn.LazyLinear(2)).capture(), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda p: torch.optim.AdamW(p), "cpu"),
+        (lambda p: torch.optim.AdamW(p, foreach=True), "cpu"),
+        (lambda p: torch.optim.RMSprop(p), "cpu"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "cpu"),
+        (lambda p: Flagged(p, {"fused": True}), "meta"),
+        (lambda p: Flagged(p, {"capturable": True, "fused": None}), "meta"),
+        (lambda p: Flagged(p, {"fused": False}), None),
+        (lambda p: Flagged(p, {}), None),
+    ],
+)
+def test_a_count_of_steps_lies_where_the_optimizer_of_today_reads_it(make: Any, expected: str | None) -> None:
+    """Whatever wrote the checkpoint: a fused one on a GPU, or a plain one. A meta tensor stands for one of a device."""
+    parameter = torch.nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = make([parameter])
+    found = step_device(optimizer, optimizer.param_groups[0], parameter)
+    assert (found.type if found is not None else None) == expected
+
+
+class Flagged(torch.optim.Optimizer):
+    """Not torch's: one without flags of torch's keeps the device that it chose."""
+
+    def step(self, closure: Any = None) -> None:
+        raise NotImplementedError

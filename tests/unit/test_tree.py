@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.errors import UnsaveableStateError
-from dist_train.tree import decode, encode, merge_settings
+from dist_train.tree import decode, encode, encode_shared, merge_settings, require_apart
 
 
 def round_trip(value: Any) -> Any:
@@ -213,3 +213,55 @@ def test_values_of_another_kind_are_replaced_whole() -> None:
     result, changes = merged(pair, pair, infinity)
     assert decode(result, lambda name, device: torch.empty(0)) == math.inf
     assert changes == {"o": (pair, infinity)}
+
+
+# What shares memory
+
+
+def test_a_tensor_under_two_names_has_one_beside_what_is_there_already() -> None:
+    one, before = torch.zeros(2, 3), torch.zeros(1)
+    found = {"user/x/a": before}
+    json = encode_shared({"a": one, "b": [one, one.clone()]}, "user/x", found)
+    assert [item["name"] for item in (json["a"], *json["b"])] == ["user/x/a~1", "user/x/a~1", "user/x/b/1"]
+    assert set(found) == {"user/x/a", "user/x/a~1", "user/x/b/1"}
+    assert found["user/x/a"] is before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda t: t[:2], lambda t: t[1:]),
+        (lambda t: t, lambda t: t[1:3]),
+        (lambda t: t, lambda t: t.view(3, 2)),
+        (lambda t: t, lambda t: t[::2]),
+        (lambda t: t[:1].expand(4), lambda t: t),
+    ],
+)
+def test_views_of_a_part_are_found(one: Any, other: Any) -> None:
+    whole = torch.zeros(6)
+    for pair in ((one, other), (other, one)):
+        tensors = {str(index): make(whole) for index, make in enumerate(pair)}
+        with pytest.raises(UnsaveableStateError, match="share memory and are not the same tensor"):
+            require_apart(tensors, {"0"})
+        require_apart(tensors, ())
+
+
+def test_views_that_have_no_element_in_common_are_none() -> None:
+    whole, other = torch.zeros(6), torch.zeros(6)
+    views = {"a": whole[:3], "b": whole[3:4], "c": whole[4:], "d": other, "e": other[:0], "f": torch.zeros(2, 2).T}
+    require_apart(views, views)
+    columns = torch.zeros(3, 2)
+    require_apart({"a": columns[:, 0], "b": columns[:, 1]}, {"a", "b"})
+
+
+def test_a_span_that_ends_in_another_is_found_beyond_its_neighbours() -> None:
+    whole = torch.zeros(9)
+    with pytest.raises(UnsaveableStateError, match=r"^a and d"):
+        require_apart({"a": whole[:8], "b": torch.zeros(1), "d": whole[6:]}, {"d"})
+
+
+def test_what_holds_itself_is_refused() -> None:
+    value: list[Any] = []
+    value.append(value)
+    with pytest.raises(UnsaveableStateError, match=r"user/x holds itself.*load_state_dict"):
+        encode(value, "user/x", {})
