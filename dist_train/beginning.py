@@ -161,7 +161,7 @@ class Beginning:
         except StateMismatchError as error:
             raise StateMismatchError(
                 f"warm_start={text!r}: {path} does not fit the model of this script: {error}. Nothing was loaded."
-                f"{error.hint}",
+                f"{error.hint}{weights.hint}",
                 path,
             ) from error
         finally:
