@@ -106,6 +106,8 @@ def require_averaged(
     stepped = {id(p) for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
     sampler = training_sampler(loader)
     place = Place(world.rank, world.world_size) if sampler is None else sampler.place
+    if sampler is not None and place.ranks is None and place.count == world.world_size:
+        _require_told_of_mesh(models, world)
     for name, model in models.items() if place.count > 1 else ():
         averaged = {
             id(p) for part in model.modules() if isinstance(part, DistributedDataParallel) for p in part.parameters()
@@ -149,6 +151,26 @@ def require_averaged(
             f"model after fully_shard), and call that in the loop. A loop that averages the gradients by itself "
             f"says so: options=RunOptions(own_gradients=True)."
         )
+
+
+def _require_told_of_mesh(models: Mapping[str, nn.Module], world: World) -> None:
+    """Raises ConfigError for parameters that some of the ranks hold between them, where every rank gets other samples:
+    layers of such a group would add up what they make of different ones.
+    """
+    for name, model in models.items():
+        grouped = {
+            key: p.device_mesh.size()
+            for key, p in model.named_parameters()
+            if p.requires_grad and isinstance(p, DTensor) and p.device_mesh.size() < world.world_size
+        }
+        if grouped:
+            raise ConfigError(
+                f"{_title('model', name)} has parameters on {min(grouped.values())} of the {world.world_size} ranks "
+                f"({_some(grouped)}), as in tensor parallel, and the loader gives each rank samples of its own. Ranks "
+                f"that hold one copy between them must see the same samples: give dist_train.data_loader the mesh of "
+                f"all ranks (mesh=), and dist_train.evaluation_loader, too. A loop that sees to it by itself says so: "
+                f"options=RunOptions(own_gradients=True)."
+            )
 
 
 def _is_spread(parameter: torch.Tensor, place: Place) -> bool:

@@ -14,7 +14,8 @@ downloaded. `--base` begins with the weights of another folder; one of a run tha
     torchrun --nproc-per-node 2 --max-restarts 3 examples/transformers_finetune.py --cpu --sharding fsdp
     python examples/transformers_finetune.py --run-dir runs/lora --lora --base runs/gpt/best
 
-    python -c "import transformers; print(transformers.pipeline('text-generation', 'runs/gpt/best')('import ')[0])"
+    python -c "import transformers; print(transformers.pipeline(
+        'text-generation', 'runs/gpt/best', max_new_tokens=60)('import ')[0])"
     dist-train export runs/gpt best --format hf --to gpt-hf        # what FSDP2 has saved, in one piece
     dist-train export runs/lora best --format peft --to adapter    # for PeftModel.from_pretrained(base, "adapter")
 """
@@ -71,9 +72,13 @@ class Blocks(Dataset):
 def build_model(base: str | None, vocabulary: int) -> PreTrainedModel:
     """Return a small GPT-2, or the model of a folder. A resume overwrites its weights with the checkpoint's."""
     if base is not None:
-        return AutoModelForCausalLM.from_pretrained(base)
-    sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": BLOCK}
-    return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes))
+        model = AutoModelForCausalLM.from_pretrained(base)
+    else:
+        sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": BLOCK}
+        config = GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes)
+        model = AutoModelForCausalLM.from_config(config)
+    model.loss_type = "ForCausalLM"  # which it would be anyway: said, so that transformers does not warn of a guess
+    return model
 
 
 def add_adapter(model: PreTrainedModel) -> torch.nn.Module:

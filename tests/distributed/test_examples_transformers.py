@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ def train_with_a_kill(folder: Path, *options: str) -> str:
     assert len(plan.fired()) == 1
     assert "Resuming from" in outcome.output, f"{plan.fired()} came before the first checkpoint: take another seed"
     assert "Of the attached files" not in outcome.output, "the same script attaches the same bytes"
+    assert "[transformers]" not in outcome.output, "nothing is left for transformers to guess and to warn of"
     assert_same_run(twin, run_dir)
     return run_dir
 
@@ -42,6 +45,15 @@ def test_killed_on_two_ranks_it_equals_the_run_that_never_died_and_its_folder_lo
     run_dir = train_with_a_kill(tmp_path)
     (text,) = run_ranks(hugging.load_example, 1, run_dir, f"{run_dir}/latest")
     assert text.startswith("import ")
+    assert "'generated_text': 'import " in what_the_header_prints(f"{run_dir}/best")
+
+
+def what_the_header_prints(folder: str) -> str:
+    """The script's own line for a look at the model, as it stands there."""
+    found = re.search(r'^    python -c "(.*?)"$', Path(SCRIPT).read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    command = [sys.executable, "-c", found[1].replace("runs/gpt/best", folder)]
+    return run_command(command, deadline_seconds=120).require_success().output
 
 
 @pytest.mark.slow

@@ -196,14 +196,17 @@ def apart(folder: str) -> list[str]:
     return [
         message(lambda: begin(dt.data_loader(Augmented(16), **sizes, mesh=mesh), averaged=False)),
         message(lambda: begin(dt.data_loader(Augmented(16), **sizes, **by_hand), averaged=True)),
+        message(lambda: begin(dt.data_loader(Augmented(16), **sizes), averaged=True)),
     ]
 
 
 def test_what_would_train_apart_or_count_twice_is_refused(tmp_path: Path) -> None:
-    for not_averaged, twice in run_ranks(apart, 4, str(tmp_path)):
+    for not_averaged, twice, no_mesh in run_ranks(apart, 4, str(tmp_path)):
         assert (
             "nobody averages the gradients over these (down.bias, down.weight, norm.bias, norm.weight and"
             in not_averaged
         )
         assert "take the parts 0 of 2, 0 of 2, 1 of 2, 1 of 2" in twice
         assert "mesh=" in twice
+        assert "has parameters on 2 of the 4 ranks (" in no_mesh
+        assert "give dist_train.data_loader the mesh of all ranks (mesh=)" in no_mesh

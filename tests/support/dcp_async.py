@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard
 from tests.support.dcp_alone import Counting, trained
 from tests.support.dcp_planners import FailingSave
 from tests.support.dcp_storages import Storage, numbers
-from tests.support.dcp_together import local, sharded
+from tests.support.dcp_together import fsdp_trained, local, sharded
 
 
 def in_a_thread(storage: Storage) -> Any:
@@ -102,6 +102,28 @@ def in_threads(storage: Storage) -> Any:
     return storage.load({"w": torch.zeros(7, 5), "t": torch.zeros(3), "n": None})
 
 
+def while_ranks_train(storage: Storage) -> Any:
+    """FSDP2's messages and the save's at the same time: a process group of the save's own keeps them apart."""
+    group = dist.new_group(backend="gloo")
+    model, optimizer = fsdp_trained(seed=2)
+    weights = []
+    for step in range(3):
+        names = {"storage_writer": storage.writer(), "checkpoint_id": storage.root / f"step-{step}"}
+        weights.append({key: local(value).clone() for key, value in model.state_dict().items()})
+        future = dcp.async_save({"model": model.state_dict()}, process_group=group, **names)
+        for _ in range(20):
+            model(torch.full((2, 6), float(dist.get_rank()))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        future.result(60)
+    dist.destroy_process_group(group)
+    for step, before in enumerate(weights):
+        state = {"model": model.state_dict()}
+        storage.load(state, f"step-{step}")
+        assert all(torch.equal(local(value), before[key]) for key, value in state["model"].items()), step
+    return {"weights": weights}
+
+
 def in_processes(storage: Storage) -> Any:
     loaded = []
     writer = storage.writer(None if storage.kind == "ours" else "a")
@@ -139,6 +161,6 @@ def on_a_gpu(storage: Storage, device: str = "cuda") -> Any:
 
 
 ALONE = [in_a_thread, of_objects, with_a_stager, several_under_way, one_that_fails]
-TOGETHER = [in_threads, with_a_stager, one_that_fails]
+TOGETHER = [in_threads, while_ranks_train, with_a_stager, one_that_fails]
 IN_PROCESSES = [in_processes]
 ON_A_GPU = [on_a_gpu]
