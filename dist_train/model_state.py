@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.capture import Capture
 from dist_train.errors import UnsaveableStateError
-from dist_train.fully_sharded import is_sharded
+from dist_train.fully_sharded import is_sharded, is_unit
 from dist_train.optimizer_state import CPU, TensorSource
 from dist_train.tied import compare_copies, group_tied, storage_key
 from dist_train.tree import decode, encode, pack, unpack
@@ -53,10 +53,12 @@ class Fit:
 
 
 def innermost_module(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel, DataParallel and torch.compile around it."""
+    """Without DistributedDataParallel, DataParallel and torch.compile around it. A compiled module that fully_shard was
+    called with (Accelerate does that) stays: it is what gathers the parameters.
+    """
     inner: Any = model
     while True:
-        if hasattr(inner, "_orig_mod"):
+        if hasattr(inner, "_orig_mod") and not is_unit(inner):
             inner = inner._orig_mod
         elif isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = inner.module
