@@ -16,11 +16,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train import unsaved
 from dist_train.capture import Capture
 from dist_train.data import training_sampler
 from dist_train.errors import ConfigError, RunInUseError
 from dist_train.fully_sharded import is_sharded, reshard
 from dist_train.model_state import clean_name
+from dist_train.optimizer_state import innermost_optimizer
 from dist_train.places import Place
 from dist_train.tied import storage_key
 from dist_train.world import World
@@ -265,21 +267,40 @@ class ParameterWatch:
 
 
 class SchedulerWatch:
-    """Notices a scheduler that no checkpoint would hold: its optimizer tells of it before anything is restored.
+    """Notices a scheduler that no checkpoint would hold: its optimizer tells of it before anything is restored; and
+    what else is not saved (see `unsaved`).
 
     A ReduceLROnPlateau leaves no mark on its optimizer and is not noticed.
 
     Args:
         optimizers: as the Run was given them, by name.
-        schedulers: those that the Run was given.
+        schedulers, models: those that the Run was given.
     """
 
-    def __init__(self, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        optimizers: Mapping[str, Any],
+        schedulers: Mapping[str, Any],
+        models: Mapping[str, nn.Module],
+        accelerator: Any | None = None,
+    ) -> None:
+        self._accelerator = accelerator
         self._schedulers = schedulers
+        self._models = models
+        self._optimizers = {name: innermost_optimizer(one) for name, one in optimizers.items()}
         self._scheduled = {name: one for name, one in optimizers.items() if _has_scheduler(one)}
 
     def warn_of_unsaved(self, registered: Mapping[str, Any]) -> None:
-        """When everything that will be saved is known."""
+        """When everything that will be saved is known.
+
+        Raises:
+            ConfigError: something was registered with Accelerate only.
+        """
+        unsaved.require_registered(
+            self._accelerator, [*registered.values(), *self._schedulers.values(), *self._models.values()]
+        )
+        unsaved.warn_of_hooks(self._models)
+        unsaved.warn_of_held_objects(self._optimizers, registered)
         owners = [getattr(one, "optimizer", None) for one in self._schedulers.values()]
         if None in owners:
             return  # one of a user's own, that does not tell which optimizer it moves

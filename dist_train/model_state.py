@@ -72,11 +72,12 @@ def clean_name(name: str) -> str:
 
 
 def keeps_own_buffers(model: nn.Module) -> bool:
-    """Whether nobody makes buffers equal on all ranks: DDP only where it is told not to, fully_shard never does.
-    Training may make the first one.
+    """Whether nobody makes buffers equal on all ranks: DDP does unless it is told not to, or found none when it was
+    made (a forward pass may register them); fully_shard never does.
     """
-    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    return not getattr(model, "broadcast_buffers", True) if ddp else is_sharded(model)
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return is_sharded(model)
+    return not getattr(model, "broadcast_buffers", True) or not getattr(model, "modules_buffers", True)
 
 
 def capture_model(

@@ -44,6 +44,17 @@ _OF_TORCH = frozenset(
 """Attributes that torch's optimizers, schedulers and GradScaler set; they follow from the rest."""
 
 
+_OF_RANKS = {
+    "ZeroRedundancyOptimizer": "keeps on each rank the state of other parameters, under no name that all ranks have. "
+    "Use FSDP2, which spreads it over the ranks, too: TrainConfig(sharding='fsdp'), or "
+    "FullyShardedDataParallelPlugin(fsdp_version=2); or give the Run the optimizer that it was made of, whole on each "
+    "rank.",
+    "PostLocalSGDOptimizer": "lets ranks train apart between its averages: each has other weights then, and a "
+    "checkpoint holds one copy. Use DistributedDataParallel with a plain optimizer.",
+}
+"""Optimizers of torch whose ranks do not hold the same."""
+
+
 def innermost_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Without Accelerate's wrapper, which calls itself an optimizer, and such as tell of no state of their own."""
     while type(optimizer).__name__ == "AcceleratedOptimizer" or (
@@ -52,9 +63,11 @@ def innermost_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         and hasattr(optimizer, "optimizer")
     ):
         optimizer = optimizer.optimizer
+    kind = type(optimizer).__name__
+    if kind in _OF_RANKS:
+        raise UnsaveableStateError(f"{kind} {_OF_RANKS[kind]}")
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
-    kind = type(optimizer).__name__
     inside = next((key for key, _ in _optimizers_in(getattr(optimizer, "__dict__", {}))), None)
     if inside is None:
         raise UnsaveableStateError(f"{kind} is not a torch.optim.Optimizer and cannot be saved.")

@@ -92,6 +92,7 @@ LEVEL_OF_MODULE = {
     "recovery": PARTS,
     "registering": PARTS,
     "misuse": PARTS,
+    "unsaved": PARTS,
     "monitoring": PARTS,
     "standing": PARTS,
     "user_loader": PARTS,
