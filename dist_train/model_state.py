@@ -242,6 +242,11 @@ def fit_model(model: nn.Module, place: str, source: TensorSource, excluded: Coll
     saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")} - late
     groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in tied_names(model)]
     copies, problems = compare_copies(groups, lambda name: source.create(name, CPU))
+    if void := sorted(name for name, value in live.items() if value.is_meta and name not in excluded):
+        problems.append(
+            f"{void[0]}{f' and {len(void) - 1} more' if len(void) > 1 else ''} of the model on the meta device have "
+            f"no memory to load anything into: call model.to_empty(device=...) first"
+        )
     here, there = set(live) - set(excluded), saved - copies - set(excluded)
     fit = Fit(missing=sorted(here - there), unexpected=sorted(there - here), problems=problems)
     for names, _ in tied_names(model):
