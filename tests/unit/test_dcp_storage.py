@@ -83,6 +83,15 @@ def test_the_manifest_says_what_the_document_says(tmp_path: Path) -> None:
     assert (again.run_id, again.sequence, again.parent) == (first.run_id, 2, first.digest)
 
 
+def test_long_bytes_do_not_make_the_manifest_long(tmp_path: Path) -> None:
+    """Every rank reads that."""
+    state = {"loader": {"buffer": bytes(1_000_000), "few": bytes(100)}, "pair": (1, bytearray(500_000))}
+    dcp.save(state, storage_writer=dt.StorageWriter(tmp_path / "a"))
+    manifest = Manifest.from_json((tmp_path / "a/manifest.json").read_bytes())
+    assert (tmp_path / "a/manifest.json").stat().st_size < 5000
+    assert sorted(entry.shape[0] for entry in manifest.tensors.values()) == [500_000, 1_000_000]
+
+
 def saved_manifest(path: Path) -> Manifest:
     saved(path)
     return Manifest.from_json((path / "manifest.json").read_bytes())
