@@ -75,6 +75,8 @@ class BufferWatch:
                     there = entry["now"]
                 elif full in stored:
                     there = _kind_of(*source.describe(full))
+                elif not entry and full not in excluded and not isinstance(self._then[place].get(name, ABSENT), list):
+                    there = self._then[place].get(name, ABSENT)  # training here has gone on since, and made it
                 else:
                     continue
                 if entry.get("was", there) == self._then[place].get(name, ABSENT) and there != kind:

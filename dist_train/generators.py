@@ -109,15 +109,17 @@ class HeldGenerators:
 
 
 def _inside(value: Any, place: str, depth: int) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, KINDS):
-        yield place, value
-    elif depth and isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            if key not in _NEVER:
+    if isinstance(value, (dict, list, tuple)):
+        if not depth or not value:
+            return
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if type(inner) not in _PLAIN and key not in _NEVER:  # a module has many attributes, and few of interest
                 yield from _inside(inner, f"{place}.{key}", depth - 1)
+    elif isinstance(value, KINDS):
+        yield place, value
 
 
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.Tensor, nn.Parameter})
 _NEVER = frozenset({"_parameters", "_buffers", "_modules", "param_groups", "state", "defaults"})
 """Attributes of modules and optimizers that hold tensors or modules; they may be long."""
 

@@ -278,15 +278,27 @@ class SchedulerWatch:
     """
 
     def __init__(
-        self, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any], models: Mapping[str, nn.Module]
+        self,
+        optimizers: Mapping[str, Any],
+        schedulers: Mapping[str, Any],
+        models: Mapping[str, nn.Module],
+        accelerator: Any | None = None,
     ) -> None:
+        self._accelerator = accelerator
         self._schedulers = schedulers
         self._models = models
         self._optimizers = {name: innermost_optimizer(one) for name, one in optimizers.items()}
         self._scheduled = {name: one for name, one in optimizers.items() if _has_scheduler(one)}
 
     def warn_of_unsaved(self, registered: Mapping[str, Any]) -> None:
-        """When everything that will be saved is known."""
+        """When everything that will be saved is known.
+
+        Raises:
+            ConfigError: something was registered with Accelerate only.
+        """
+        unsaved.require_registered(
+            self._accelerator, [*registered.values(), *self._schedulers.values(), *self._models.values()]
+        )
         unsaved.warn_of_hooks(self._models)
         unsaved.warn_of_held_objects(self._optimizers, registered)
         owners = [getattr(one, "optimizer", None) for one in self._schedulers.values()]

@@ -103,7 +103,7 @@ class Run(Registering):
         self._rate = RateMeter(self._live.optimizers)
         self._config = encode(dict(self._options.config or {}), "config", {})
         self._watch = misuse.ParameterWatch(self._live.models, self._live.optimizers)
-        self._schedules = misuse.SchedulerWatch(by_name(optimizer), by_name(scheduler), self._models)
+        self._schedules = misuse.SchedulerWatch(by_name(optimizer), by_name(scheduler), self._models, accelerator)
         misuse.require_one_world(accelerator, self.world)
         misuse.refuse_unsharded(accelerator, self._models, self.world)
         if not self._options.own_gradients:

@@ -93,6 +93,7 @@ class LiveState:
         self._pairing = Pairing(self.optimizers, self.every_optimizer, self.schedulers)
         self.scaler = scaler
         self.registered: dict[str, Stateful | EachRank] = {}
+        self._apart: set[str] = set()
         self._made_at_once = {name for name, optimizer in self.every_optimizer.items() if optimizer.state}
         self._own_buffers = any(keeps_own_buffers(model) for model in models.values())
         self._buffers = BufferWatch(self._by_place())
@@ -121,7 +122,9 @@ class LiveState:
             place = place_of("optimizer", name)
             capture.state[place] = capture_optimizer(optimizer, place, names, capture.tensors)
             set_apart(capture, place, optimizer, names)
-        require_apart(capture.tensors, {name for name in capture.tensors if name.startswith("optimizer")})
+        if self._apart != capture.tensors.keys():  # views are made with the state, and so with its names
+            require_apart(capture.tensors, {name for name in capture.tensors if name.startswith("optimizer")})
+            self._apart = set(capture.tensors)
         for place, one in self._plain_objects():
             if isinstance(one, EachRank):
                 one.capture(place, capture)

@@ -2,6 +2,7 @@
 update, with what to do.
 
     objects inside of an optimizer of the user's    they may count, or remember
+    objects that were registered with Accelerate    refused: those are the run's to save
     hooks with a memory in the gradients' reduction (PowerSGD's error feedback)
 
 Invariant: reads only, and tells nothing of what is saved in another way.
@@ -10,12 +11,13 @@ Invariant: reads only, and tells nothing of what is saved in another way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_train.errors import ConfigError
 from dist_train.generators import KINDS
 from dist_train.optimizer_state import own_values
 
@@ -58,6 +60,22 @@ def _objects_of(optimizer: Any) -> Iterator[tuple[str, Any]]:
 
 
 _OF_LIBRARIES = frozenset({"builtins", "torch", "numpy", "collections", "functools", "logging", "threading", "types"})
+
+
+def require_registered(accelerator: Any | None, saved: Iterable[Any]) -> None:
+    """Raises ConfigError for an object that only Accelerate's own `save_state` would save.
+
+    Args:
+        saved: everything that the run's checkpoints hold.
+    """
+    known = {id(getattr(one, "one", one)) for one in saved}
+    lost = [one for one in getattr(accelerator, "_custom_objects", ()) if id(one) not in known]
+    if lost:
+        raise ConfigError(
+            f"accelerator.register_for_checkpointing was given {', '.join(type(one).__name__ for one in lost)}, which "
+            f"only accelerator.save_state would save: no checkpoint of the run would hold it. Call "
+            f"run.register(name, it) before run.epochs()."
+        )
 
 
 def warn_of_hooks(models: Mapping[str, nn.Module]) -> None:

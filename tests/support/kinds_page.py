@@ -70,6 +70,15 @@ OTHERS = {
         "each rank's own; resumes on the same ranks and mesh, another layout is refused by name",
         "tests/distributed/test_local_state.py::test_another_layout_is_refused_and_the_tensor_named",
     ),
+    "wraps it in DistributedDataParallel": (
+        "the same; buffers that DDP makes equal are the main rank's, others each rank's own",
+        "tests/distributed/test_kinds_replicated.py::test_what_two_ranks_leave_and_resume_ends_as_the_bare_loop_does",
+    ),
+    "has a buffer of another shape on each rank": (
+        "refused by the save, by name",
+        "tests/distributed/test_kinds_replicated.py::"
+        "test_a_buffer_of_another_shape_on_each_rank_is_refused_by_the_save_and_named",
+    ),
     "uses FSDP2's Accelerate plugin, killed at any moment": (
         "the run that never died",
         "tests/distributed/test_fsdp_kills.py::"
@@ -104,8 +113,9 @@ LIMITS = """
   of an optimizer. Make a tensor a buffer (`register_buffer(..., persistent=False)` keeps it out of the `state_dict`),
   return the rest from `get_extra_state`, or register the object. `dist-train drill` finds what was forgotten: it kills
   the script and compares.
-- **Containers under two names.** A tensor that two names share is one tensor again; a list, a dictionary or an array
-  comes back as two.
+- **What is under two names.** A tensor that two names of one object share is one tensor again, and so is what a
+  registered module shares with a model. A list, a dictionary or an array comes back as two; so does a tensor of two
+  registered objects, or of one that is no module and a model.
 - **Types made of plain ones.** A subclass of `int`, `str`, `dict`, `list`, `tuple` comes back as the plain type, a
   `Parameter` in a registered object as a tensor. `load_state_dict` makes of it what it should be.
 - **Strides** of buffers that are views: their values come back, laid out as the script's own buffers.

@@ -113,6 +113,16 @@ def group_of_functions(model: nn.Module) -> optim.Optimizer:
     return optim.SGD([{"params": model.parameters(), "decay": lambda step: 0.9**step}], lr=0.1)
 
 
+def registered_with_accelerate() -> Script:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(network())
+    accelerator.register_for_checkpointing(Holder(1, lambda *_: None))
+    optimizer = accelerator.prepare(optim.SGD(model.parameters(), lr=0.1))
+    return Script(model=model, optimizer=optimizer, accelerator=accelerator, step=lambda update: None)
+
+
 def stranger(model: nn.Module) -> optim.Optimizer:
     return optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(7))], lr=0.1)
 
@@ -188,6 +198,11 @@ REFUSED: dict[str, Refused] = {
     "state of a tensor in no group": of_optimizer(strange_state, r"none of its groups.*lr=0", "a group with `lr=0`"),
     "optimizer given to register": Refused(
         build=simple(registered=twice), says=r"optimizer=\{'main'.*'again'", instead="`optimizer={...}`"
+    ),
+    "object registered with Accelerate": Refused(
+        build=registered_with_accelerate,
+        says=r"register_for_checkpointing was given Holder.*run\.register",
+        instead="`run.register(name, it)`",
     ),
     "Enum": of_object(Color.RED, r"Color.*\.name or \.value", "its name or value"),
     "dataclass": of_object(Settings(), r"Settings.*asdict", "`dataclasses.asdict`"),

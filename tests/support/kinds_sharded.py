@@ -256,7 +256,12 @@ SHARDED: dict[str, Callable[[], Script]] = {
 
 def save_all(folder: str) -> dict[str, Any]:
     """Of each kind what this rank ends with: without the library, and left and resumed; and what was left, whole."""
-    return {name: _guarded(_save, name, Path(folder) / str(index)) for index, name in enumerate(SHARDED)}
+    return {name: save_one(name, Path(folder) / str(index)) for index, name in enumerate(SHARDED)}
+
+
+def save_one(name: str, run_dir: Path) -> Any:
+    """Of one kind, an error as text."""
+    return _guarded(_save, name, run_dir)
 
 
 def _save(name: str, run_dir: Path) -> Any:
