@@ -8,12 +8,14 @@ and is itself agreed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from dist_train.errors import StopReason
+from dist_train.errors import ConfigError, StopReason
 from dist_train.world import World
 
+Json = Any
 MOST_SHARE = 0.01
 MOST_STEPS = 64
 _REASONS = list(StopReason)
@@ -35,6 +37,21 @@ class Agreed:
 def strongest(*reasons: StopReason | None) -> StopReason | None:
     """What ranks that wish different ends agree on."""
     return max((one for one in reasons if one), key=_REASONS.index, default=None)
+
+
+def require_alike(told: Mapping[str, Json], world: World, what: str) -> None:
+    """Raises ConfigError on all ranks where settings differ by which they act together. Collective."""
+    if world.world_size == 1:
+        return
+    rows = world.gather(dict(told), what)
+    for rank, row in enumerate(rows):
+        for name in told:
+            if row[name] != rows[0][name]:
+                raise ConfigError(
+                    f"The script says on each rank otherwise {what}: {name} is {rows[0][name]!r} on rank 0 and "
+                    f"{row[name]!r} on rank {rank}, and ranks that part wait for each other for ever. Give every rank "
+                    f"the same settings: the run itself sees to it that only one of them writes what is common."
+                )
 
 
 class Agreement:

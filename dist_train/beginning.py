@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_train import differences, phases
+from dist_train.agreement import require_alike
 from dist_train.checkpoint.attached import compare_attached
 from dist_train.checkpoint.checkpointer import Checkpointer
 from dist_train.checkpoint.manifest import WARM_START
@@ -160,7 +161,7 @@ class Beginning:
         except StateMismatchError as error:
             raise StateMismatchError(
                 f"warm_start={text!r}: {path} does not fit the model of this script: {error}. Nothing was loaded."
-                f"{error.hint}",
+                f"{error.hint}{weights.hint}",
                 path,
             ) from error
         finally:
@@ -209,7 +210,11 @@ class Beginning:
         Args:
             config: the run's settings now, as manifests record them.
             notes: what else is to be told, one sentence each.
+
+        Raises:
+            ConfigError: the ranks would train for different numbers of epochs.
         """
+        require_alike({"the number of epochs": config["epochs"]}, self._world, "how long to train")
         if self.opened is None:
             self._reporter.notes([*self._told.notes, *notes])
             return

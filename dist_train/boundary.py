@@ -14,7 +14,7 @@ from collections.abc import Callable
 from signal import Signals
 
 from dist_train import launched, phases
-from dist_train.agreement import Agreed, Agreement, strongest
+from dist_train.agreement import Agreed, Agreement, require_alike, strongest
 from dist_train.capture import Capture
 from dist_train.checkpoint.checkpointer import Checkpointer, Draft
 from dist_train.checkpoint.policy import CheckpointPolicy, Moment, should_save
@@ -106,7 +106,12 @@ class Boundary:
         return self._progress.now.global_step
 
     def open(self, saved_step: int) -> None:
-        """Time counts from here; `saved_step` is in this directory already, -1 for none."""
+        """Time counts from here; `saved_step` is in this directory already, -1 for none. Collective.
+
+        Raises:
+            ConfigError: the ranks would save or stop at different steps.
+        """
+        require_alike({**self._policy.to_json(), "max_steps": self._max_steps}, self._world, "when to save and to stop")
         self.saves_are_over = False
         self._committed_step = -1
         self._deadline.begin()

@@ -31,7 +31,7 @@ def describe_environment(world_size: int, device: torch.device, precision: str =
     if device.type == "cuda":
         described["cuda"] = torch.version.cuda
         described["cudnn"] = torch.backends.cudnn.version()
-        described["tf32"] = torch.backends.cuda.matmul.allow_tf32
+        described["tf32"] = _is_tf32_allowed()
     return {**described, **{name: version for name in _PACKAGES if (version := _version(name))}}
 
 
@@ -46,6 +46,15 @@ def inexact_reasons(device: torch.device) -> list[str]:
     if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         return ["deterministic algorithms are off (torch.use_deterministic_algorithms(True) turns them on)"]
     return []
+
+
+def _is_tf32_allowed() -> bool:
+    """Since torch 2.9 a script may say it in either of two ways, and reading the old one fails after the new one."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:
+        return "tf32" in (matmul.fp32_precision, getattr(torch.backends, "fp32_precision", ""))
 
 
 @cache

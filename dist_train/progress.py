@@ -53,6 +53,7 @@ class RunProgress:
         self._policy = policy
         self._early = early_stopping
         self._log = MetricsLog(store, enabled=world.is_main)
+        self._told_of_metrics = False
 
     @property
     def patience_is_over(self) -> bool:
@@ -125,7 +126,7 @@ class RunProgress:
 
     def end_epoch(self, metrics: Mapping[str, float]) -> dict[str, float | None]:
         """Records the epoch and judges it; returns what trackers get. Collective."""
-        self.metrics = {name: float(value) for name, value in metrics.items()}
+        self.metrics = self._agree_on_metrics({name: float(value) for name, value in metrics.items()})
         self.train_loss = self.meter.take_epoch(self._world)
         values = {"train_loss": self.train_loss, **self.metrics}
         self._log.write(kind="epoch", global_step=self.now.global_step, epoch=self.now.epoch, **values)
@@ -154,6 +155,25 @@ class RunProgress:
             best=self.best,
             rank_state={"loss": [float(value).hex() for value in self.meter.state()]},
         )
+
+    def _agree_on_metrics(self, mine: dict[str, float]) -> dict[str, float]:
+        """The main rank's, on all ranks: what they decide (to stop early, what is best) must be decided alike."""
+        rows = self._world.gather({name: value.hex() for name, value in mine.items()}, "the epoch's metrics")
+        first, *others = [{name: float.fromhex(text) for name, text in row.items()} for row in rows]
+        apart = [(rank, name) for rank, row in enumerate(others, 1) for name in row if _differ(first, row, name)]
+        if apart and self._world.is_main and not self._told_of_metrics:
+            self._told_of_metrics = True
+            rank, name = apart[0]
+            logger.warning(
+                "The metrics given to run.end_epoch differ between the ranks (%s is %s on rank 0 and %s on rank %d): "
+                "those of rank 0 count. Reduce them over the ranks before, as dist_train's metrics do "
+                "(metric.compute(run.world)).",
+                name,
+                first.get(name, "missing"),
+                others[rank - 1][name],
+                rank,
+            )
+        return first
 
     def _judge(self) -> None:
         """The best so far, and patience. Metrics are equal on all ranks, and so is the verdict."""
@@ -184,3 +204,11 @@ class RunProgress:
         inherited = fold_metrics(read_lines(opened.origin), opened.manifest.attempt)[: self.now.metric_records]
         self._log.start(attempt, None, 0, inherited)
         self.now = replace(self.now, metric_records=self._log.count)
+
+
+def _differ(one: Mapping[str, float], other: Mapping[str, float], name: str) -> bool:
+    """Beyond the order of a summation."""
+    if name not in one:
+        return True
+    same = math.isnan(one[name]) and math.isnan(other[name])
+    return not same and not math.isclose(one[name], other[name], rel_tol=1e-6)

@@ -26,6 +26,8 @@ def capture_rng() -> dict[str, Json]:
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         generators["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
+        if others := _other_devices():
+            generators["cuda_others"] = others
     tensors: dict[str, torch.Tensor] = {}
     plain = {**generators, "python": list(generators["python"]), "numpy": list(generators["numpy"])}
     plain["python"][1] = np.array(plain["python"][1], dtype=np.uint64).astype(np.uint32).tobytes()
@@ -44,6 +46,19 @@ def restore_rng(json: Mapping[str, Json]) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(plain["torch"]), dtype=torch.uint8))
     if "cuda" in plain and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(plain["cuda"]), dtype=torch.uint8))
+        for index, state in plain.get("cuda_others", {}).items():
+            if int(index) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), int(index))
+
+
+def _other_devices() -> dict[str, bytes]:
+    """Generators of GPUs that this process uses besides its own (a model spread over several of them).
+
+    A state is the seed and how many numbers were drawn, 8 bytes each; one that never drew was not used.
+    """
+    here = torch.cuda.current_device()
+    states = {index: torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count()) if index != here}
+    return {str(index): state.numpy().tobytes() for index, state in states.items() if state[8:].any()}
 
 
 def _no_tensors(name: str, device: str) -> torch.Tensor:

@@ -135,6 +135,11 @@ def decode(json: Json, load: Callable[[str, str], torch.Tensor]) -> Any:
     return _DECODERS[json[_TAG]](json, load)
 
 
+def _decode_bytes(json: Json, load: Callable[[str, str], torch.Tensor]) -> bytes:
+    """Many of them may lie in a tensor; see `dcp_keys.take_out_bytes`."""
+    return load(json["name"], "cpu").numpy().tobytes() if "name" in json else base64.b64decode(json["value"])
+
+
 def _decode_array(json: Json, load: Callable[[str, str], torch.Tensor]) -> np.ndarray:
     data = load(json["name"], "cpu").numpy().tobytes()
     return np.frombuffer(data, dtype=np.dtype(json["dtype"])).reshape(json["shape"]).copy()
@@ -151,8 +156,8 @@ _DECODERS: dict[str, Callable[[Json, Callable[[str, str], torch.Tensor]], Any]] 
     "tuple": lambda json, load: tuple(decode(item, load) for item in json["items"]),
     "set": lambda json, load: {decode(item, load) for item in json["items"]},
     "frozenset": lambda json, load: frozenset(decode(item, load) for item in json["items"]),
-    "bytes": lambda json, load: base64.b64decode(json["value"]),
-    "bytearray": lambda json, load: bytearray(base64.b64decode(json["value"])),
+    "bytes": lambda json, load: _decode_bytes(json, load),
+    "bytearray": lambda json, load: bytearray(_decode_bytes(json, load)),
     "scalar": lambda json, load: np.frombuffer(base64.b64decode(json["value"]), dtype=np.dtype(json["dtype"]))[0],
     "dtype": lambda json, load: getattr(torch, json["value"]),
     "device": lambda json, load: torch.device(json["value"]),

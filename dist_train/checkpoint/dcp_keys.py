@@ -9,9 +9,12 @@ keys that torch's own `get_state_dict` and planners give the same objects. Reads
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.tree import decode
@@ -21,6 +24,9 @@ STATE = "dcp"
 """Key of the manifest's `state` under which stands what torch's planners need."""
 _FOLDED = ("model", "optimizer")
 _ESCAPED = (*_FOLDED, STATE)
+_WITH_TENSOR = ("tensor", "ndarray", "bytes", "bytearray")
+_MANY_CHARACTERS = 1 << 16
+"""Of base64: more would make the manifest, which every rank reads, slow to read."""
 _HEADER_KEY = "__metadata__"
 """safetensors takes it for itself."""
 
@@ -101,13 +107,30 @@ def _no_tensor(name: str, device: str) -> Any:
 def tensors_inside(json: Json) -> Iterator[str]:
     """Names of the tensors and arrays inside a nested value."""
     if isinstance(json, Mapping):
-        if json.get("$") in ("tensor", "ndarray"):
+        if json.get("$") in _WITH_TENSOR and "name" in json:
             yield json["name"]
         for inner in json.values():
             yield from tensors_inside(inner)
     elif isinstance(json, list):
         for inner in json:
             yield from tensors_inside(inner)
+
+
+def take_out_bytes(json: Json, place: str, tensors: dict[str, torch.Tensor]) -> Json:
+    """What `encode` made of a value, its long `bytes` put into `tensors` under names below the place."""
+    if isinstance(json, list):
+        return [take_out_bytes(inner, place, tensors) for inner in json]
+    if not isinstance(json, dict):
+        return json
+    if json.get("$") not in ("bytes", "bytearray"):
+        return {key: take_out_bytes(inner, place, tensors) for key, inner in json.items()}
+    if len(json["value"]) < _MANY_CHARACTERS:
+        return json
+    name = f"{place}/~bytes-{len(tensors)}"
+    while name in tensors:
+        name += "~"
+    tensors[name] = torch.frombuffer(bytearray(base64.b64decode(json["value"])), dtype=torch.uint8)
+    return {"$": json["$"], "name": name}
 
 
 def _offer_of_run(manifest: Manifest) -> Offer:

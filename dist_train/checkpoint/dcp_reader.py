@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed import checkpoint as dcp
@@ -42,12 +42,25 @@ from dist_train.errors import (
     ConfigError,
     CorruptCheckpointError,
     DisagreementError,
+    DistTrainError,
     NoCheckpointError,
     StateMismatchError,
 )
 from dist_train.tree import decode
 
 _CPU = torch.device("cpu")
+_TELLS_WHY = "2.13"
+"""Up to this version of torch `dcp.load` drops what `read_metadata` raises, and says "metadata is None"."""
+
+
+class _Unread:
+    """Stands for metadata that could not be read, where torch would not tell why: whoever uses it is told."""
+
+    def __init__(self, error: DistTrainError) -> None:
+        self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.error
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +124,15 @@ class StorageReader(dcp.StorageReader):
             NoCheckpointError, CorruptCheckpointError: names what is missing or wrong.
         """
         self._close()
-        self._opened = opened = self._open(kwargs.get("rank"))
+        try:
+            return self._read_metadata(kwargs.get("rank"))
+        except DistTrainError as error:
+            if "rank" in kwargs and torch.__version__ < _TELLS_WHY:
+                return cast(Metadata, _Unread(error))
+            raise
+
+    def _read_metadata(self, rank: int | None) -> Metadata:
+        self._opened = opened = self._open(rank)
         offer = opened.offer
         table: dict[str, Any] = {key: self._describe(opened, key, name) for key, name in offer.tensors.items()}
         for name, one in offer.fragments.items():
@@ -123,6 +144,8 @@ class StorageReader(dcp.StorageReader):
         return Metadata(state_dict_metadata=table, planner_data=offer.planner_data, storage_data={}, storage_meta=meta)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if isinstance(metadata, _Unread):
+            raise metadata.error
         if self._opened is None:
             raise ConfigError("StorageReader.read_metadata comes first, as in torch.distributed.checkpoint.load.")
 

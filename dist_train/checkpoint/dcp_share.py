@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from dist_train.checkpoint.dcp_keys import Fragment, key_of, name_of, name_of_fragment, place_of_value
+from dist_train.checkpoint.dcp_keys import Fragment, key_of, name_of, name_of_fragment, place_of_value, take_out_bytes
 from dist_train.checkpoint.manifest import FileEntry, TensorEntry, shard_name
 from dist_train.checkpoint.plain_values import read_saved, unsaveable
 from dist_train.checkpoint.plan import group_of, key_in_file
@@ -135,8 +135,9 @@ class Share:
             raise UnsaveableStateError(f"{key!r}: the planner announced bytes and gave a {type(data).__name__}.")
         inner: dict[str, torch.Tensor] = {}
         value = read_saved(data, key)
+        place = place_of_value(key)
         try:
-            self.receipt.values[key] = encode(value, place_of_value(key), inner)
+            self.receipt.values[key] = take_out_bytes(encode(value, place, inner), place, inner)
         except UnsaveableStateError as error:
             raise UnsaveableStateError(unsaveable(key, _what_was_refused(error))) from error
         for name, tensor in inner.items():

@@ -152,6 +152,8 @@ class StorageWriter(dcp.StorageWriter, BlockingAsyncStager):
         try:
             sizes = share.add(plan.items)
             with self._told(f"failed on rank {seat.rank}"):
+                if self._save.publication is not None:
+                    self._save.publication.require_begun()
                 receipt = share.write(publication.store, publication.staging)
         except BaseException as error:
             if not isinstance(error.__cause__, _TAKEN_AWAY):

@@ -31,7 +31,8 @@ _REFUSED = (
     r"Unsupported (?:global|class|operand)[^`]*?\s*`?([\w.]+\.\w+)`?",
 )
 _ONE_AT_A_TIME = threading.Lock()
-"""What torch may load is one list of the process: two threads would take away what the other has added."""
+"""What torch may load is one list of the process: two threads would take away what the other has added. So would
+whatever is added outside of here meanwhile, so it is for the few values that need it."""
 _TEXTS = (
     *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
     *(pathlib.PosixPath, pathlib.PurePosixPath, Decimal, Fraction, uuid.UUID),
@@ -87,14 +88,20 @@ def read_saved(data: io.BytesIO, key: str) -> Any:
     Raises:
         UnsaveableStateError: it holds more than plain data.
     """
-    data.seek(0)
+    with contextlib.suppress(Exception):  # most values need no more than torch allows, in every thread
+        return _load(data)
     try:
         with plain_allowed():
-            return torch.load(data, map_location="cpu", weights_only=True)
+            return _load(data)
     except Exception as error:  # pickle's, zip's and torch's own kinds, which have no common base
         name = refused_name(" ".join(str(error).split()))
         what = f"a {name}" if name else "something that is not what torch.save makes of plain data"
         raise UnsaveableStateError(unsaveable(key, what)) from error
+
+
+def _load(data: io.BytesIO) -> Any:
+    data.seek(0)
+    return torch.load(data, map_location="cpu", weights_only=True)
 
 
 def unsaveable(key: str, what: str) -> str:

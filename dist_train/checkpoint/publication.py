@@ -137,6 +137,10 @@ class Publication:
         except (FileExistsError, FileNotFoundError) as error:
             raise self.overtaken() from error
 
+    def require_begun(self) -> None:
+        """Raises FileNotFoundError where the staging folder is another save's: nothing is put in its way."""
+        self.store.size(f"{self.staging}/{self._mark()}")
+
     def seal(self) -> str:
         """Takes the staging folder to a name that no other save knows, and returns that.
 

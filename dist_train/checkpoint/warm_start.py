@@ -42,6 +42,11 @@ _FORMS = (
     ".pth, Hugging Face's)"
 )
 
+_FROM_PRETRAINED = (
+    " Of some models transformers names the tensors in its files otherwise than in memory (experts, vision models), "
+    "and converts them: call from_pretrained(folder) in the script then, in place of warm_start."
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
@@ -54,6 +59,8 @@ class Weights:
     origin: dict[str, Json]
     """Where they are from: `requested`, `path`, `digest`; of a checkpoint also `run_id` and `global_step`."""
     notes: list[str] = field(default_factory=list)
+    hint: str = ""
+    """What else to do where they do not fit."""
     close: Callable[[], None] = lambda: None
 
 
@@ -189,6 +196,7 @@ def _open_foreign(choice: Json) -> Weights:
         settings={},
         origin={"requested": choice["requested"], "path": choice["path"], "digest": weights.digest()},
         notes=[f"{foreign.kind}: {note}" for note in foreign.notes],
+        hint=_FROM_PRETRAINED if os.path.isfile(os.path.join(choice["path"], "config.json")) else "",
     )
 
 

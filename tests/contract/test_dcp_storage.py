@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.dcp_cases import ALONE, IN_PROCESSES, RELAY, TOGETHER, run_all, run_case, run_relay
+from tests.support.dcp_cases import ALONE, IN_PROCESSES, ON_A_GPU, RELAY, TOGETHER, run_all, run_case, run_relay
+from tests.support.dcp_together import load_from_a_run
 from tests.support.forked import run_ranks
 
 
@@ -63,6 +64,13 @@ def test_one_process_sees_no_difference(case: str, tmp_path: Path) -> None:
     assert results["ours"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_a_gpu_sees_no_difference(case: str, tmp_path: Path) -> None:
+    results = run_case(case, str(tmp_path))
+    assert_same(results["torch"], results["ours"], case)
+
+
 @pytest.fixture(
     scope="module", params=[pytest.param(2, marks=pytest.mark.slow, id="2 ranks"), pytest.param(4, id="4 ranks")]
 )
@@ -96,6 +104,14 @@ def test_other_numbers_of_ranks_see_no_difference(tmp_path: Path) -> None:
     assert len(wholes) == sum(RELAY)
     for whole in wholes[1:]:
         assert_same(whole, wholes[0])
+
+
+@pytest.mark.distributed
+def test_dcp_loads_a_sharded_run_on_as_many_and_on_fewer_ranks(tmp_path: Path) -> None:
+    """Tensor parallel pairs under FSDP2 on four; one pair on two, whose own first step gives the same values."""
+    for ranks in (4, 2):
+        for mine, loaded in run_ranks(load_from_a_run, ranks, str(tmp_path), ranks == 4):
+            assert loaded == mine
 
 
 @pytest.mark.slow

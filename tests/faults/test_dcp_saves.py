@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import enum
 import errno
-import io
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import warnings
-from argparse import Namespace
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 import dist_train as dt
@@ -34,9 +29,8 @@ from dist_train.checkpoint.store import Operation, Store
 from dist_train.checkpoint.verify import verify_checkpoint
 from tests.support.crash_states import CrashState, Mark, Recorder, RecordingStore, Synced, crash_states
 from tests.support.crash_states import Event as DiskEvent
+from tests.support.dcp_saved import NAME, load, refusal, save
 from tests.support.launch import run_command
-
-NAME = "step-1"
 
 
 @pytest.fixture(autouse=True)
@@ -45,32 +39,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def state_of(number: int) -> dict[str, Any]:
-    return {"model": {"w": torch.full((700, 3), float(number))}, "number": number, "pair": (number, torch.ones(2))}
-
-
-def save(root: Path, number: int, **options: Any) -> None:
-    dcp.save(state_of(number), storage_writer=dt.StorageWriter(root / NAME, **options))
-
-
-def load(root: Path) -> int:
-    """The number of the save that is there, every value of it."""
-    state = {"model": {"w": torch.zeros(700, 3)}, "number": None, "pair": None}
-    dcp.load(state, storage_reader=dt.StorageReader(root / NAME))
-    number = state["number"]
-    assert isinstance(number, int)
-    assert torch.equal(state["model"]["w"], state_of(number)["model"]["w"])  # type: ignore[index]
-    assert state["pair"][0] == number  # type: ignore[index]
-    return number
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    """What the user reads."""
-    with pytest.raises(CheckpointException) as caught:
-        call()
-    return str(caught.value)
 
 
 def use_store(patch: pytest.MonkeyPatch, make: Callable[[str], Store]) -> None:
@@ -175,136 +143,6 @@ def test_a_file_that_may_not_grow_fails_the_save(tmp_path: Path) -> None:
     assert "File too large" in done.output
     assert os.listdir(tmp_path) == [NAME]
     assert load(tmp_path) == 1
-
-
-# What is refused
-
-
-class Opaque:
-    """Nothing that JSON knows."""
-
-
-class Kind(enum.Enum):
-    ODD = 1
-
-
-@pytest.mark.parametrize(
-    ("value", "what", "way_out"),
-    [
-        (Opaque(), "Opaque", "Put what it consists of"),
-        (torch.zeros(2, 2).to_sparse(), "layout torch.sparse_coo", "its indices and its values"),
-        (torch.zeros(2, dtype=torch.complex128), "torch.complex128", "Put torch.view_as_real(it)"),
-        (nn.functional.relu, "relu", "Put what it consists of"),
-        (io.BytesIO(b"a pickle"), "_io.BytesIO", "Put its getvalue() in its place"),
-        ((1, Kind.ODD), "Kind", "an enum's value"),
-        ((1, slice(3)), "a slice", "Put what it consists of"),
-        ((1, deque([1])), "collections.deque", "Put list(it)"),
-        (np.array([None]), "ObjectDType", "Put its tolist()"),
-        (torch.Generator(), "torch._C.Generator", "Put its get_state()"),
-        (Namespace(lr=1), "argparse.Namespace", "Put vars(it)"),
-    ],
-    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
-)
-def test_a_refused_value_is_named_and_the_old_checkpoint_stays(
-    tmp_path: Path, value: Any, what: str, way_out: str
-) -> None:
-    save(tmp_path, 1)
-    writer = dt.StorageWriter(tmp_path / NAME)
-    text = refusal(lambda: dcp.save({"fine": torch.ones(1), "deep": {"odd": value}}, storage_writer=writer))
-    assert "'deep.odd' cannot be saved" in text
-    assert what in text
-    assert "leave 'deep.odd' out" in text
-    assert way_out in text
-    assert os.listdir(tmp_path) == [NAME]
-    assert load(tmp_path) == 1
-
-
-def test_no_pickle_is_on_the_disk(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    files = list((tmp_path / NAME).iterdir())
-    assert {file.suffix for file in files} == {".json", ".safetensors"}
-    for file in files:
-        assert b"\x80\x02" not in file.read_bytes()
-        assert b"PK\x03\x04" not in file.read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["notes", "torch", "run", "file", "extra"])
-def test_what_no_writer_put_there_is_not_replaced(tmp_path: Path, kind: str) -> None:
-    target = tmp_path / NAME
-    if kind == "notes":
-        target.mkdir()
-        (target / "notes.txt").write_text("precious")
-    elif kind == "torch":
-        dcp.save({"a": torch.ones(1)}, storage_writer=dcp.FileSystemWriter(target))
-    elif kind == "run":
-        model = nn.Linear(2, 2)
-        with dt.Run(str(tmp_path / "run"), model=model, optimizer=torch.optim.SGD(model.parameters())) as run:
-            run.save(wait=True)
-        target = next((tmp_path / "run/checkpoints").glob("step-*"))
-    elif kind == "file":
-        target.write_text("precious")
-    else:
-        save(tmp_path, 1)
-        (target / "notes.txt").write_text("precious")
-    before = content(target)
-    text = refusal(lambda: dcp.save({"a": torch.ones(1)}, storage_writer=dt.StorageWriter(target)))
-    assert str(target) in text
-    assert content(target) == before
-
-
-def content(path: Path) -> dict[str, bytes]:
-    return {str(one): one.read_bytes() for one in sorted([path, *path.rglob("*")]) if one.is_file()}
-
-
-def test_an_empty_folder_is_a_place_for_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / NAME).mkdir()
-    save(tmp_path, 1, overwrite=False)
-    assert load(tmp_path) == 1
-
-
-def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / NAME).symlink_to("elsewhere")
-    for number in (1, 2):
-        save(tmp_path, number)
-        assert load(tmp_path) == number
-    assert (tmp_path / NAME).is_symlink()
-
-
-def test_a_save_that_another_one_overtakes_fails_and_never_mixes(tmp_path: Path) -> None:
-    first, second = Publication(tmp_path / NAME), Publication(tmp_path / NAME)
-    first.begin()
-    Store(tmp_path).write_new(f"{first.staging}/x", b"first")
-    second.begin()
-    Store(tmp_path).write_new(f"{second.staging}/x", b"second")
-    with pytest.raises(dt.DistTrainError, match="one path takes one save at a time"):
-        first.seal()
-    assert not (tmp_path / NAME).exists()
-    second.publish(second.seal())
-    assert content(tmp_path / NAME) == {str(tmp_path / NAME / "x"): b"second"}
-
-
-def test_a_link_or_address_that_leads_nowhere_is_refused_before_anything(tmp_path: Path) -> None:
-    text = refusal(lambda: dcp.save({"a": 1}, storage_writer=dt.StorageWriter("s3://bucket/x")))
-    assert "s3://bucket/x is an address" in text
-    assert "No path to save to" in refusal(lambda: dcp.save({"a": 1}, storage_writer=dt.StorageWriter()))
-    assert "there is no such folder" in refusal(lambda: load(tmp_path))
-
-
-def test_a_folder_that_cannot_change_its_place_is_refused_before_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here/below").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here/below")
-    for path, words in {".": "is the working directory", tmp_path / "here": "or lies above it", "/": "mounted"}.items():
-        text = refusal(lambda path=path: dcp.save({"a": 1}, storage_writer=dt.StorageWriter(path)))  # type: ignore[misc]
-        assert words in text
-    longest = "x" * 228
-    dcp.save({"a": 1}, storage_writer=dt.StorageWriter(longest))
-    dcp.save({"a": 2}, storage_writer=dt.StorageWriter(longest))
-    assert os.listdir() == [longest]
-    text = refusal(lambda: dcp.save({"a": 1}, storage_writer=dt.StorageWriter(longest + "x")))
-    assert "at most 228 bytes" in text
 
 
 # Damage

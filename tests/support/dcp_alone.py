@@ -151,7 +151,6 @@ def plain_values(storage: Storage) -> Any:
         "numpy_scalar": np.float32(1.5),
         "dtype": torch.bfloat16,
         "device": torch.device("cpu"),
-        "long": 1 << 80,
         "nan": float("nan"),
         "empty": ((), [], {}, ""),
         "rng": torch.get_rng_state().new_ones(16),
@@ -163,7 +162,8 @@ def plain_values(storage: Storage) -> Any:
         "days": np.array(["2030-01-02"], dtype="datetime64[D]"),
         "generators": (random.Random(3).getstate(), np.random.RandomState(3).get_state()),
         "ordered": (OrderedDict(b=1, a=2), Counter("aab")),
-        "large": bytes(range(256)) * 4096,
+        "large": {"parts": [bytes(range(256)) * 4096, bytearray(b"ab") * 99_999], "~bytes-0": numbers(2)},
+        "long": (b"x" * 100_000, 1 << 80, {"$": b"y" * 100_000}),
     }
     storage.save(state)
     return storage.load(blank(state))

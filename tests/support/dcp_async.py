@@ -118,6 +118,27 @@ def in_processes(storage: Storage) -> Any:
     return loaded
 
 
+def on_a_gpu(storage: Storage, device: str = "cuda") -> Any:
+    """Saved from there and loaded to there; staged in pinned memory, with torch's stager and in the writer's copy."""
+    values = {"w": numbers(300, 200), "t": numbers(200, 300, seed=1).t(), "half": numbers(9, seed=2).bfloat16()}
+    state = {key: value.to(device) for key, value in values.items()}
+    is_gpu = device == "cuda"
+    storage.save(state, "at-once")
+    stager = DefaultStager(StagingOptions(is_gpu, is_gpu, is_gpu, is_gpu))
+    finished(dcp.async_save(state, storage_writer=storage.writer("staged"), async_stager=stager))
+    stager.close()
+    writer = storage.writer("copied", cache_staged_state_dict=is_gpu)
+    for _ in range(2):
+        finished(dcp.async_save(state, storage_writer=writer))
+    loaded = [
+        storage.load({key: torch.zeros_like(value) for key, value in state.items()}, name)
+        for name in ("at-once", "staged", "copied")
+    ]
+    assert all(value.device.type == device for one in loaded for value in one.values())
+    return [{key: value.cpu() for key, value in one.items()} for one in loaded]
+
+
 ALONE = [in_a_thread, of_objects, with_a_stager, several_under_way, one_that_fails]
 TOGETHER = [in_threads, with_a_stager, one_that_fails]
 IN_PROCESSES = [in_processes]
+ON_A_GPU = [on_a_gpu]

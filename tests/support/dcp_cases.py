@@ -29,9 +29,10 @@ TOGETHER = cases_of(dcp_together) | {
     for case in (dcp_alone.round_trip, dcp_alone.overwriting, dcp_planners.cached_plans, *dcp_async.TOGETHER)
 }
 IN_PROCESSES = {case.__name__: case for case in dcp_async.IN_PROCESSES}
+ON_A_GPU = {case.__name__: case for case in dcp_async.ON_A_GPU}
 RELAY = (4, 2, 3)
 """Numbers of ranks that save and load one after the other; see `dcp_together.pass_on`."""
-_ALL = ALONE | TOGETHER | IN_PROCESSES
+_ALL: dict[str, Case] = ALONE | TOGETHER | IN_PROCESSES | ON_A_GPU
 
 
 def run_case(name: str, root: str, kinds: tuple[str, ...] = ("torch", "ours")) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import dist_train as dt
 from tests.support.dcp_planners import BalancingSave, FailingSave, HalvingSave, QuietlyHalvingSave
 from tests.support.dcp_storages import Storage, blank, failures, numbers
 
@@ -192,10 +193,11 @@ def nothing_flattened(storage: Storage) -> Any:
 
 
 def cast_on_the_way(storage: Storage) -> Any:
-    """Announced or not; of the smaller tensor some ranks have nothing."""
+    """Announced or not; of the smaller tensor the last rank has all, in a mesh that begins with it."""
     world = dist.get_world_size()
+    backwards = DeviceMesh("cpu", list(reversed(range(world))))
     state = {"w": sharded(world, placements=[Shard(0)], shape=(7, 5)), "n": 1}
-    state["small"] = sharded(world, placements=[Shard(0)], shape=(1,))
+    state["small"] = distribute_tensor(numbers(1), backwards, [Shard(0)])
     loaded = []
     for name, planner in (("announced", HalvingSave()), ("quiet", QuietlyHalvingSave())):
         storage.save(state, name, planner=planner)
@@ -268,6 +270,26 @@ def pass_on(storage: Storage, before: str | None, after: str | None) -> Any:
     if after is not None:
         storage.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), after)
     return [storage.everything(before or after or ""), moments if before else None]
+
+
+def load_from_a_run(root: str, runs: bool) -> Any:
+    """What a sharded run has saved, loaded by dcp into another model of the same layout; both, in this rank's parts."""
+    model, optimizer = parallel_trained(0)
+    if runs:
+        with dt.Run(f"{root}/run", model=model, optimizer=optimizer, policy=dt.CheckpointPolicy(at_end=False)) as run:
+            for _ in run.epochs(1):
+                run.step()
+                run.save(wait=True)
+    other, fresh = parallel_trained(1)
+    state = dict(zip(("model", "optimizer"), get_state_dict(other, fresh), strict=True))
+    dcp.load(state, storage_reader=dt.StorageReader(f"{root}/run/latest"))
+    set_state_dict(other, fresh, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    pairs = [(model, optimizer), (other, fresh)]
+    return [
+        [local(p.detach()).tolist() for p in one.parameters()]
+        + [local(values[key]).tolist() for values in two.state.values() for key in sorted(values)]
+        for one, two in pairs
+    ]
 
 
 CASES = [

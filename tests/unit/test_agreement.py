@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
-from dist_train.agreement import MOST_STEPS, Agreed, Agreement
-from dist_train.errors import StopReason
+from dist_train.agreement import MOST_STEPS, Agreed, Agreement, require_alike
+from dist_train.errors import ConfigError, StopReason
 from dist_train.world import SoloWorld
 
 
@@ -119,3 +120,22 @@ def test_a_forced_exchange_begins_the_count_again() -> None:
     assert not agreement.is_due()
     agreement.exchange(Agreed())
     assert steps_until_due(agreement) == 5
+
+
+class Others(SoloWorld):
+    """A rank of two; the other tells what it is told to."""
+
+    def __init__(self, other: dict[str, Any]) -> None:
+        super().__init__()
+        self.world_size, self.other = 2, other
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        return [value, self.other]
+
+
+def test_settings_by_which_ranks_act_together_are_the_same_or_refused() -> None:
+    mine = {"every_steps": 5, "max_steps": None}
+    require_alike(mine, Others(dict(mine)), "when to save")
+    told = r"on each rank otherwise when to save: max_steps is None on rank 0 and 7 on rank 1"
+    with pytest.raises(ConfigError, match=told):
+        require_alike(mine, Others({**mine, "max_steps": 7}), "when to save")

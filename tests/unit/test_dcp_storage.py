@@ -22,11 +22,12 @@ from torch.distributed.checkpoint import CheckpointException, LoadPlan
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import dist_train as dt
+from dist_train.checkpoint import dcp_reader
 from dist_train.checkpoint.dcp_keys import key_of, name_of
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.plan import group_of, key_in_file
 from dist_train.cli import main
-from dist_train.errors import DisagreementError
+from dist_train.errors import DisagreementError, NoCheckpointError
 from dist_train.run import Run
 
 
@@ -80,6 +81,15 @@ def test_the_manifest_says_what_the_document_says(tmp_path: Path) -> None:
     assert set(first.state["dcp"]) == {"values", "planner_data", "fragments", "dtypes"}
     again = saved_manifest(tmp_path / "a")
     assert (again.run_id, again.sequence, again.parent) == (first.run_id, 2, first.digest)
+
+
+def test_long_bytes_do_not_make_the_manifest_long(tmp_path: Path) -> None:
+    """Every rank reads that."""
+    state = {"loader": {"buffer": bytes(1_000_000), "few": bytes(100)}, "pair": (1, bytearray(500_000))}
+    dcp.save(state, storage_writer=dt.StorageWriter(tmp_path / "a"))
+    manifest = Manifest.from_json((tmp_path / "a/manifest.json").read_bytes())
+    assert (tmp_path / "a/manifest.json").stat().st_size < 5000
+    assert sorted(entry.shape[0] for entry in manifest.tensors.values()) == [500_000, 1_000_000]
 
 
 def saved_manifest(path: Path) -> Manifest:
@@ -309,3 +319,18 @@ def test_ranks_that_see_different_checkpoints_are_told(tmp_path: Path) -> None:
         plans.append(reader.prepare_local_plan(LoadPlan([])))
     with pytest.raises(DisagreementError, match="The ranks see different checkpoints"):
         reader.prepare_global_plan(plans)
+
+
+def test_an_older_torch_that_drops_the_reason_is_made_to_tell_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 2.12 `dcp.load` says "metadata is None" of whatever could not be read."""
+    monkeypatch.setattr(dcp_reader, "_TELLS_WHY", "99")
+    reader = dt.StorageReader(tmp_path / "nothing")
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load({"a": torch.zeros(1)}, storage_reader=reader)
+    (error,) = caught.value.failures.values()
+    assert isinstance(error[0], NoCheckpointError)
+    assert "there is no such folder" in str(error[0])
+    with pytest.raises(NoCheckpointError, match="there is no such folder"):
+        reader.read_metadata()

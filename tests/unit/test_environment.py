@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -60,3 +61,24 @@ def test_a_gpu_is_exact_only_with_deterministic_algorithms(monkeypatch: pytest.M
 
 def test_a_cpu_is_exact() -> None:
     assert inexact_reasons(CPU) == []
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, allowed = matmul.fp32_precision, matmul.allow_tf32
+    yield
+    matmul.fp32_precision = before
+    matmul.allow_tf32 = allowed
+
+
+@pytest.mark.usefixtures("precision")
+def test_a_gpus_tf32_is_told_however_the_script_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    gpu = torch.device("cuda")
+    assert describe_environment(1, gpu)["tf32"] is False
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the way that torch recommends
+    described = describe_environment(1, gpu)
+    assert (described["device"], described["tf32"]) == ("NVIDIA H200", True)
+    torch.set_float32_matmul_precision("highest")
+    assert describe_environment(1, gpu)["tf32"] is False

@@ -271,3 +271,45 @@ def test_a_best_of_another_monitor_is_not_compared_with(tmp_path: Path) -> None:
     one.end_epoch({"accuracy": 0.5, "loss": 1.0})
     assert one.best is not None
     assert (one.best.monitor, one.best.value, one.best.mode) == ("accuracy", 0.5, "max")
+
+
+class Answering(RankOf):
+    """The others give what it is told."""
+
+    def __init__(self, rank: int, rows: list[dict[str, float]]) -> None:
+        super().__init__(rank, len(rows))
+        self.rows = rows
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        if what != "the epoch's metrics":
+            return [value]
+        assert value == {name: one.hex() for name, one in self.rows[self.rank].items()}
+        return [{name: one.hex() for name, one in row.items()} for row in self.rows]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_measured_apart_decide_by_the_main_ranks_metrics(
+    rank: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"val": 1.0, "other": math.nan}, {"val": 3.0, "other": math.nan}]
+    one = fresh(tmp_path, early=EarlyStopping(patience=2), world=Answering(rank, rows), monitor="val")
+    for _ in range(2):
+        train_epoch(one)
+        one.end_epoch(rows[rank])
+    assert one.metrics["val"] == 1.0
+    assert one.best is not None
+    assert one.best.value == 1.0
+    assert one.now.stale_epochs == 1
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (rank == 0)
+    assert all("(val is 1.0 on rank 0 and 3.0 on rank 1): those of rank 0 count" in text for text in told)
+
+
+def test_a_rank_that_measured_nothing_has_the_main_ranks_metrics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = fresh(tmp_path, world=Answering(1, [{"val": 1.0}, {}]))
+    train_epoch(one)
+    one.end_epoch({})
+    assert one.metrics == {"val": 1.0}
+    assert not caplog.records

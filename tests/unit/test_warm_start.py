@@ -247,3 +247,15 @@ def test_the_record_of_the_choice_is_documented_json(base: Path, tmp_path: Path)
     assert record.keys() == {"requested", "root", "path", "digest", "note"}
     text = (Path(__file__).parents[2] / "docs/checkpoint-format.md").read_text()
     assert all(f"`{key}`" in text.partition("`warm_start.json`: ")[2][:500] for key in record)
+
+
+def test_a_hugging_face_folder_with_other_names_points_to_from_pretrained(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    export_checkpoint(str(base), "latest", str(folder), form="hf")
+    other = {"body": torch.nn.Linear(3, 4), "heads": torch.nn.Linear(4, 1)}
+    with pytest.raises(StateMismatchError) as caught:
+        train(tmp_path / "plain", torch.nn.ModuleDict(other), steps=1, warm_start=str(folder))
+    assert "from_pretrained" not in str(caught.value)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(StateMismatchError, match=r"call from_pretrained\(folder\) in the script then"):
+        train(tmp_path / "hugging", torch.nn.ModuleDict(other), steps=1, warm_start=str(folder))
