@@ -149,7 +149,8 @@ class Beginning:
         for model in self._live.models.values():
             model.zero_grad()  # of a window that was interrupted in this very process, in a notebook
         self._rng = self._progress.restore(opened, self._checkpointer.attempt)
-        if changed := differences.warn_of_environment(manifest.environment, environment):
+        is_main = self._world.is_main
+        if changed := differences.warn_of_environment(manifest.environment, environment, is_main=is_main):
             self._reporter.events.write("environment_changed", differences=changed)
 
     def _start_warm(self, text: str) -> None:

@@ -49,11 +49,11 @@ def warn_of_inexact_device(device: torch.device) -> None:
         logger.warning("A resumed run will not be bit for bit exact: %s.", reason)
 
 
-def warn_of_environment(then: dict[str, Json], now: dict[str, Json]) -> list[str]:
-    """One text for each difference that may change bits."""
+def warn_of_environment(then: dict[str, Json], now: dict[str, Json], *, is_main: bool = True) -> list[str]:
+    """One text for each difference that may change bits. The number of ranks is the main rank's to tell."""
     differences = compare_environments(then, now)
-    if differences:
-        logger.warning("This resume may not be bit for bit exact: %s.", "; ".join(differences))
+    if told := [text for text in differences if is_main or not text.startswith("world_size ")]:
+        logger.warning("This resume may not be bit for bit exact: %s.", "; ".join(told))
     return differences
 
 

@@ -7,7 +7,7 @@ leaves it alone, is checked by digests of its values.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,10 +59,10 @@ class Exclusion:
         self._versions: dict[str, int] = {}
         self._told = False
         if patterns:
-            self._find()
+            self._find({id(p) for one in optimizers.values() for group in one.param_groups for p in group["params"]})
             self._require_untrained(optimizers)
 
-    def _find(self) -> None:
+    def _find(self, trained: Collection[int]) -> None:
         everything = self._live()
         plain = {full: self.plain(full) for full in everything}
         if idle := find_idle(self.patterns, plain.values()):
@@ -73,10 +73,22 @@ class Exclusion:
             )
         for place, model in self._models.items():
             for group in _groups(model, place):
-                if all(matches(plain[full], self.patterns) for full in group):
+                matched = [full for full in group if matches(plain[full], self.patterns)]
+                if len(matched) == len(group):
                     self.names.update(group)
+                elif matched and id(everything[matched[0]]) not in trained:
+                    self._warn_of_tied(matched[0], next(full for full in group if full not in matched))
         self._digests = {full: digest(everything[full]) for full in sorted(self.names)}
         self._versions = {full: _version(everything[full]) for full in self.names}
+
+    def _warn_of_tied(self, matched: str, other: str) -> None:
+        logger.warning(
+            "exclude=%r matches %s, which is tied to %s, and that it does not match: the tensor stays in checkpoints. "
+            "Match all of its names to leave it out.",
+            self.patterns,
+            self.plain(matched),
+            self.plain(other),
+        )
 
     def plain(self, full: str) -> str:
         return plain_name(full, self._names)

@@ -23,6 +23,12 @@ def sharded_parts(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called with this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass of the model needs all ranks."""
     return bool(sharded_parts(model))

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.capture import Capture
 from dist_train.errors import UnsaveableStateError
-from dist_train.fully_sharded import is_sharded
+from dist_train.fully_sharded import is_sharded, is_unit
 from dist_train.optimizer_state import CPU, TensorSource
 from dist_train.tied import compare_copies, group_tied, storage_key
 from dist_train.tree import decode, encode, pack, unpack
@@ -53,10 +53,12 @@ class Fit:
 
 
 def innermost_module(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel, DataParallel and torch.compile around it."""
+    """Without DistributedDataParallel, DataParallel and torch.compile around it. A compiled module that fully_shard was
+    called with (Accelerate does that) stays: it is what gathers the parameters.
+    """
     inner: Any = model
     while True:
-        if hasattr(inner, "_orig_mod"):
+        if hasattr(inner, "_orig_mod") and not is_unit(inner):
             inner = inner._orig_mod
         elif isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = inner.module
@@ -240,6 +242,11 @@ def fit_model(model: nn.Module, place: str, source: TensorSource, excluded: Coll
     saved = {name for name in source.names(f"{place}/") if not name.startswith(f"{place}/~extra/")} - late
     groups = [[f"{place}/{name}" for name in names if f"{place}/{name}" in saved] for names, _ in tied_names(model)]
     copies, problems = compare_copies(groups, lambda name: source.create(name, CPU))
+    if void := sorted(name for name, value in live.items() if value.is_meta and name not in excluded):
+        problems.append(
+            f"{void[0]}{f' and {len(void) - 1} more' if len(void) > 1 else ''} of the model on the meta device have "
+            f"no memory to load anything into: call model.to_empty(device=...) first"
+        )
     here, there = set(live) - set(excluded), saved - copies - set(excluded)
     fit = Fit(missing=sorted(here - there), unexpected=sorted(there - here), problems=problems)
     for names, _ in tied_names(model):

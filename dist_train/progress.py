@@ -80,12 +80,13 @@ class RunProgress:
         place = self.place or Place(self._world.rank, self._world.world_size)
         if (own := row_of(rows, self._world.rank, self._world.world_size, place)) is not None:
             return rows[own].get("rng")
-        logger.warning(
-            "The checkpoint was saved by %s and is continued by %s: samples, updates and learning rates are the "
-            "same, random numbers drawn in training (dropout) are not.",
-            describe_ranks(len(rows), rows[0].get("place")),
-            describe_ranks(self._world.world_size, place.to_json().get("place")),
-        )
+        if self._world.is_main:
+            logger.warning(
+                "The checkpoint was saved by %s and is continued by %s: samples, updates and learning rates are the "
+                "same, random numbers drawn in training (dropout) are not.",
+                describe_ranks(len(rows), rows[0].get("place")),
+                describe_ranks(self._world.world_size, place.to_json().get("place")),
+            )
         return rows[row_like(rows, place)].get("rng")
 
     def fit_into(self, num_samples: int) -> list[str]:

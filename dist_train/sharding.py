@@ -30,8 +30,11 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.errors import ConfigError
+from dist_train.fully_sharded import is_sharded
 from dist_train.world import World
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ def make_trainers_accelerator(
     shape = _mesh_shape(kind, world)
     if shape is None:
         return Accelerator(**options)
+    _require_bare(model)
     names = _require_apart(model, units) if units else find_units(model)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -114,8 +118,16 @@ def prepare(
     """As `accelerator.prepare`, for the Trainer. Collective.
 
     Raises:
-        ConfigError: the optimizer has state, of parameters that sharding would replace.
+        ConfigError: the optimizer has state, of parameters that sharding would replace; it trains other parameters
+            than the model's, or wants a closure.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS evaluates the loss several times an update, by a closure, which the Trainer does not give: use it "
+            "in a loop of your own (docs/own-loops.md), or another optimizer."
+        )
+    if accelerator.is_fsdp2:
+        _require_of_model(optimizer, model)
     if accelerator.is_fsdp2 and optimizer.state:
         raise ConfigError(
             f"{type(optimizer).__name__} holds state before its first step, of parameters that FSDP2 replaces by "
@@ -210,6 +222,36 @@ def _require_computable(model: nn.Module, accelerator: Accelerator) -> None:
             f"The model has {len(norms)} {type(norms[0]).__name__}, whose weights FSDP2 casts to "
             f"{accelerator.mixed_precision} and whose running means it leaves in float32: a CPU computes no such "
             f"mixture. Use mixed_precision='no', another normalisation (LayerNorm, GroupNorm), or sharding='none'."
+        )
+
+
+def _require_bare(model: nn.Module) -> None:
+    if is_sharded(model) or any(isinstance(one, DTensor) for one in model.parameters()):
+        raise ConfigError(
+            "The model is sharded already (fully_shard, or DTensors in it), and the Trainer shards by itself: give it "
+            "the plain model, or train the sharded one in a loop of your own (docs/own-loops.md)."
+        )
+    if wrapped := next((one for one in model.modules() if isinstance(one, DistributedDataParallel)), None):
+        raise ConfigError(
+            f"The model is, or holds, a {type(wrapped).__name__}, which keeps the whole model on each rank. Give the "
+            f"Trainer the bare model: it shards or wraps by itself."
+        )
+    if scalars := [name for name, one in model.named_parameters() if one.dim() == 0]:
+        raise ConfigError(
+            f"FSDP2 cannot shard parameters without a dimension ({', '.join(scalars[:4])}): make them of shape [1], "
+            f"torch.zeros(1) in place of torch.tensor(0.0), or use sharding='none'."
+        )
+
+
+def _require_of_model(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Accelerate gives the optimizer sharded parameters for those of the model, and knows no others."""
+    known = {id(one) for one in model.parameters()}
+    strange = [one for group in optimizer.param_groups for one in group["params"] if id(one) not in known]
+    if strange:
+        shapes = ", ".join(str(list(one.shape)) for one in strange[:4])
+        raise ConfigError(
+            f"{type(optimizer).__name__} trains {len(strange)} tensors that are no parameters of the model (of shape "
+            f"{shapes}). Make the optimizer from the model's parameters, after the last change to the model."
         )
 
 

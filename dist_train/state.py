@@ -169,10 +169,7 @@ class LiveState:
             # Before the optimizer: FSDP2's scaler looks at the optimizer's state when it is loaded.
             self.scaler.load_state_dict(decode(state["scaler"], lambda name, device: source.create(name, CPU)))
         self._restore_optimizers(state, settings, source, told)
-        told.notes += [
-            f"The checkpoint has a random generator {one}, which is not here."
-            for one in self._generators.restore(state, source)
-        ]
+        told.notes += self._generators.restore(state, source)
         for name, one in self.registered.items():
             if (place := f"user/{name}") in state:
                 load_registered(one, place, state[place], source, self._here)

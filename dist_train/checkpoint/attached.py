@@ -122,6 +122,7 @@ def _without_sets(item: Any) -> Any:
 def _save_settings_of(model: nn.Module, folder: str) -> None:
     """What the model's own `save_pretrained` writes beside its weights."""
     inner: Any = innermost_module(model)
+    inner = getattr(inner, "_orig_mod", inner)
     configs = [*_adapter_configs(inner), *(() if hasattr(inner, "get_base_model") else _model_configs(inner))]
     if not configs:
         raise ConfigError(

@@ -104,7 +104,7 @@ def _optimizer_state(json: Json, reader: CheckpointReader) -> dict[str, Any]:
         groups.append({**_decode(group["settings"], reader), "params": list(range(first, len(numbers)))})
     state: dict[Any, Any] = {numbers[name]: _decode(one, reader) for name, one in json["state"].items()}
     state.update(_decode(json["loose"], reader))
-    return {"state": state, "param_groups": groups}
+    return {**_decode(json.get("told", {}), reader), "state": state, "param_groups": groups}
 
 
 def _decode(json: Json, reader: CheckpointReader) -> Any:

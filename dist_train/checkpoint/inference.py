@@ -17,11 +17,11 @@ from dist_train.checkpoint.catalog import read_checkpoint
 from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.reader import CheckpointReader
 from dist_train.checkpoint.restorer import Opened
-from dist_train.checkpoint.selection import select_checkpoint
+from dist_train.checkpoint.selection import open_run, select_checkpoint
 from dist_train.checkpoint.store import Store
 from dist_train.checkpoint.verify import verify_checkpoint
 from dist_train.console import ByteMeter
-from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StateMismatchError
+from dist_train.errors import CorruptCheckpointError, NoCheckpointError, StateMismatchError, StorageError
 from dist_train.state import LiveState
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,21 @@ def open_whole(
     raise AssertionError("unreachable")
 
 
+def _require_run(run_dir: str) -> None:
+    """Raises NoCheckpointError for what is no run at all: a checkpoint, a file, nothing."""
+    try:
+        open_run(run_dir, or_checkpoint=True)
+    except StorageError as error:
+        raise NoCheckpointError(str(error)) from None
+
+
 def find_checkpoint(run_dir: str, checkpoint: str) -> tuple[Store, str, Manifest]:
     """The store, the folder in it and the manifest of a checkpoint named as in `load_model`."""
-    store, found = select_checkpoint(Store(run_dir), checkpoint)
+    try:
+        store, found = select_checkpoint(Store(run_dir), checkpoint)
+    except NoCheckpointError:
+        _require_run(run_dir)
+        raise
     if found.manifest is None:
         raise found.problem or NoCheckpointError(f"{store.path(found.path)} holds no checkpoint.")
     return store, found.path, found.manifest

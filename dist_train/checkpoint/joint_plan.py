@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_train.capture import Capture
 from dist_train.checkpoint.plan import PLACES, Plan, make_plan
-from dist_train.checkpoint.survey import take_survey
+from dist_train.checkpoint.survey import only_one_has, take_survey
 from dist_train.errors import DisagreementError, UnsaveableStateError
 from dist_train.world import World
 
@@ -57,10 +57,8 @@ def _require_same_tensors(plan: Plan, world: World) -> None:
 
 def _first_difference(main: dict[str, Json], other: dict[str, Json], rank: int) -> str:
     """Between the main rank's table and another's, for people."""
-    if missing := [name for name in main if name not in other]:
-        return f"rank 0 has {missing[0]} and rank {rank} has not"
-    if strange := [name for name in other if name not in main]:
-        return f"rank {rank} has {strange[0]} and rank 0 has not"
+    if main.keys() != other.keys():
+        return only_one_has(main, other, rank)
     name = next(name for name in main if main[name] != other[name])
     (shape, dtype, whole), (its_shape, its_dtype, its_whole) = main[name], other[name]
     if (shape, dtype) == (its_shape, its_dtype):

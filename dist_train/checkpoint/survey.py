@@ -7,7 +7,7 @@ never a list of all ranks' boxes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from dist_train.capture import Capture
 from dist_train.checkpoint.manifest import digest_of
 from dist_train.checkpoint.tensor_file import DTYPE_NAMES
+from dist_train.errors import DisagreementError
 from dist_train.world import World
 
 Json = Any
@@ -71,7 +72,27 @@ def _find_copies(meshes: list[DeviceMesh], used: Json, world: World) -> dict[Dev
 
 
 def _exchange(apart: Mapping[str, torch.Tensor], world: World) -> dict[str, list[Json]]:
-    world.require_equal(digest_of(list(apart)), "names of tensors of which each rank has its own")
+    try:
+        world.require_equal(digest_of(list(apart)), "names of tensors of which each rank has its own")
+    except DisagreementError as error:
+        rows = world.gather(list(apart), "names of tensors of which each rank has its own")
+        rank = next(rank for rank, row in enumerate(rows) if row != rows[0])
+        told = only_one_has(rows[0], rows[rank], rank)
+        raise DisagreementError(f"The ranks do not hold the same state: {told}.") from error
     mine = [[list(value.shape), DTYPE_NAMES.get(value.dtype, "")] for value in apart.values()]
     rows = world.gather(mine, "the shapes of tensors of which each rank has its own")
     return {name: [row[place] for row in rows] for place, name in enumerate(apart)}
+
+
+def only_one_has(main: Collection[str], other: Collection[str], rank: int) -> str:
+    """The first name that the main rank has and another has not, or the reverse, for people; of two orders of the same
+    names that.
+    """
+    ours, theirs = set(main), set(other)
+    missing = [name for name in main if name not in theirs]
+    strange = [name for name in other if name not in ours]
+    if not missing and not strange:
+        return f"rank {rank} has the same tensors as rank 0 in another order"
+    having, lacking, name = (0, rank, missing[0]) if missing else (rank, 0, strange[0])
+    skips = " (does the optimizer pass over parts without elements? It must keep empty state for them, too)"
+    return f"rank {having} has {name} and rank {lacking} has not{skips if name.startswith('optimizer/') else ''}"

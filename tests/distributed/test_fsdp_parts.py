@@ -56,6 +56,21 @@ def test_half_precision_trains_blocks_in_it_and_sums_in_full(tmp_path: Path, alo
     assert found["metrics"] != pytest.approx(alone["metrics"], rel=1e-6)
 
 
+def test_a_compiled_model_is_sharded_evaluated_and_saved_by_its_own_names(
+    tmp_path: Path, alone: dict[str, Any]
+) -> None:
+    run = str(tmp_path / "run")
+    (found, _) = run_ranks(train, 2, run, {"sharding": "fsdp", "compiled": True})
+    assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
+    assert same_weights(found, alone)
+    further = {"sharding": "fsdp", "epochs": 3}
+    (straight, _) = run_ranks(train, 2, str(tmp_path / "straight"), further)
+    for found in (run_ranks(train, 2, run, {**further, "compiled": True})[0], straight):
+        assert found["weights"] == straight["weights"]
+    (on_one,) = run_ranks(train, 1, run, {**further, "epochs": 4})
+    assert on_one["step"] == 8
+
+
 def test_ranks_that_initialise_apart_train_the_main_ranks_model(tmp_path: Path, alone: dict[str, Any]) -> None:
     (found, _) = run_ranks(train, 2, str(tmp_path / "run"), {"sharding": "fsdp"}, 7, True)
     assert same_weights(found, alone)
@@ -92,6 +107,10 @@ def test_gradients_of_a_window_that_was_given_up_are_gone() -> None:
         ("uneven hosts", r"their hosts have \[3, 3, 3, 1\]", 4),
         ("half a batch norm", "1 BatchNorm1d, whose weights FSDP2 casts to bf16", 2),
         ("state before the first step", "Adagrad holds state before its first step", 2),
+        ("sharded already", "The model is sharded already", 2),
+        ("wrapped already", "holds, a DistributedDataParallel", 2),
+        ("a scalar", r"parameters without a dimension \(temperature\)", 2),
+        ("another model's optimizer", r"AdamW trains \d+ tensors that are no parameters of the model", 2),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_on_every_rank(what: str, told: str, world_size: int, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ FLAGS = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_
 FLAGS += ["--dynamo_backend", "no", "--main_process_port", "0", "--max_restarts", "3"]
 LAUNCHERS = [
     pytest.param(lambda: recipe("cpu_2", "--max_restarts", "3"), id="cpu_2.yaml"),
-    pytest.param(lambda: ["bash", str(ROOT / "launch/torchrun.sh")], id="torchrun.sh"),
+    pytest.param(lambda: ["bash", str(ROOT / "launch/torchrun.sh")], id="torchrun.sh", marks=pytest.mark.slow),
     pytest.param(lambda: accelerate_launch(*FLAGS), id="flags", marks=pytest.mark.slow),
     pytest.param(lambda: accelerate_launch(*FLAGS, "--rdzv_backend", "c10d"), id="c10d", marks=pytest.mark.slow),
 ]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import dist_train as dt
-from dist_train.errors import StateMismatchError, UnsaveableStateError
+from dist_train.errors import DisagreementError, StateMismatchError, UnsaveableStateError
 from dist_train.run import Run
 from tests.support.forked import run_ranks
 from tests.support.twins import read_checkpoint
@@ -102,12 +102,25 @@ class ReducedColumns(torch.optim.SGD):
                 self.state[parameter]["column"] = self._reduction(parameter.grad.square())
 
 
+class PassingOver(BlockwiseMomentum):
+    """Makes no state where a rank's part has no elements."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        everything = [group["params"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["params"] = [one for one in group["params"] if _local(one).numel()]
+        super().step()
+        for group, parameters in zip(self.param_groups, everything, strict=True):
+            group["params"] = parameters
+
+
 def _local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 KINDS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "blockwise": lambda model: BlockwiseMomentum(model.parameters()),
+    "passing over": lambda model: PassingOver(model.parameters()),
     "counting": lambda model: Counting(model.parameters(), lr=0.1),
     "rows": lambda model: Means(model.parameters(), lr=0.1),
     "columns": lambda model: MeansOfColumns(model.parameters(), lr=0.1),
@@ -148,7 +161,7 @@ def train(run_dir: Path, kind: str, resume: str, updates: int, sharded: bool = T
 def refusal(run_dir: Path, kind: str, sharded: bool, resume: str = "must", updates: int = 0) -> str:
     try:
         train(run_dir, kind, resume, updates, sharded)
-    except (StateMismatchError, UnsaveableStateError) as error:
+    except (DisagreementError, StateMismatchError, UnsaveableStateError) as error:
         return str(error)
     return ""
 
@@ -212,3 +225,9 @@ def test_what_ranks_hold_terms_of_is_refused_by_name(tmp_path: Path, kind: str) 
     for text in run_ranks(refusal, 2, tmp_path / "run", kind, True, "never", 1):
         assert f"optimizer/0.weight/column is a DTensor placed P({kind}) on mesh dimension 0" in text
         assert "redistribute(placements=[Replicate()])" in text
+
+
+def test_state_that_only_some_ranks_keep_is_named_on_all(tmp_path: Path) -> None:
+    for text in run_ranks(refusal, 5, tmp_path / "run", "passing over", True, "never", 1):
+        assert "rank 0 has optimizer/1.weight/codes and rank 3 has not" in text
+        assert "keep empty state" in text

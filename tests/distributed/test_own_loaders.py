@@ -30,6 +30,7 @@ def test_shuffled_and_augmented_by_two_workers_the_run_ends_as_the_bare_loop(tmp
     assert_same(train(tmp_path, with_workers, epochs=2), straight)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_persistent_workers_keep_the_order_and_augmentation_is_what_the_caveat_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

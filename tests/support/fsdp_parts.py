@@ -11,9 +11,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import dist_train as dt
 from dist_train.fully_sharded import drop_unreduced_gradients
+from dist_train.model_state import clean_name
 from dist_train.sharding import make_accelerator
 from tests.support.small_run import Numbered, squared_error
 
@@ -44,7 +46,9 @@ def train(run_dir: str, options: dict[str, Any], num_evaluated: int = 7, seed_by
     if "hosts" in options:
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // options.pop("hosts"))
     rank = int(os.environ.get("RANK", "0"))
-    model = build(rank if seed_by_rank else 0)
+    model: nn.Module = build(rank if seed_by_rank else 0)
+    if options.pop("compiled", False):
+        model = torch.compile(model, backend="eager")  # type: ignore[assignment]
     trainer = dt.Trainer(
         model,
         torch.optim.AdamW(model.parameters(), lr=0.01),
@@ -57,7 +61,7 @@ def train(run_dir: str, options: dict[str, Any], num_evaluated: int = 7, seed_by
         ),
     )
     result = trainer.fit()
-    parameters = dict(trainer.model.named_parameters())
+    parameters = {clean_name(name): one for name, one in trainer.model.named_parameters()}
     return {
         "metrics": result.metrics,
         "step": result.global_step,
@@ -162,3 +166,14 @@ def _refused_case(what: str, folder: str) -> None:
         config = dt.TrainConfig(run_dir=folder, epochs=1, global_batch_size=8, cpu=True, sharding="fsdp")
         adagrad = torch.optim.Adagrad(model.parameters())
         dt.Trainer(model, adagrad, train_data=Numbered(8), loss=squared_error, config=config)
+    else:
+        config = dt.TrainConfig(run_dir=folder, epochs=1, global_batch_size=8, cpu=True, sharding="fsdp")
+        if what == "sharded already":
+            fully_shard(model)
+        elif what == "wrapped already":
+            model = nn.Sequential(DistributedDataParallel(model))
+        elif what == "a scalar":
+            model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
+        elif what == "another model's optimizer":
+            optimizer = torch.optim.AdamW(build().parameters())
+        dt.Trainer(model, optimizer, train_data=Numbered(8), loss=squared_error, config=config)

@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,11 @@ def load_live_folders(folder: str) -> dict[str, Any]:
         for step in train(run, forward, optimizer, 4):
             expected[step + 1] = logits(plain)
             # The save of this step goes on meanwhile.
-            for older in range(1, run.committed_step + 1) if world.is_main else ():
+            for older in range(1, step + 1) if world.is_main else ():
                 path = f"{folder}/run/checkpoints/step-{older:08d}"
+                end = time.monotonic() + 30
+                while not Path(path).exists() and time.monotonic() < end:  # that of the step before is nearly there
+                    time.sleep(0.01)
                 loaded, told = GPT2LMHeadModel.from_pretrained(path, output_loading_info=True)
                 assert not any(told.values()), told
                 assert torch.equal(logits(loaded), expected[older])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dist_train import environment
+from dist_train.differences import warn_of_environment
 from dist_train.environment import compare_environments, describe_environment, inexact_reasons
 
 CPU = torch.device("cpu")
@@ -39,6 +40,14 @@ def test_each_difference_is_one_line_with_both_values() -> None:
         "world_size was 1 and is 4",
         f"threads was {torch.get_num_threads()} and is -1",
     ]
+
+
+def test_another_number_of_ranks_is_told_by_the_main_rank_alone(caplog: pytest.LogCaptureFixture) -> None:
+    then, now = {"world_size": 1, "threads": 1}, {"world_size": 4, "threads": 2}
+    assert warn_of_environment(then, now, is_main=False) == warn_of_environment(then, now)
+    others, mains = (record.getMessage() for record in caplog.records)
+    assert others.endswith("exact: threads was 1 and is 2.")
+    assert mains.endswith("exact: world_size was 1 and is 4; threads was 1 and is 2.")
 
 
 def test_what_an_older_version_did_not_record_is_no_difference() -> None:

@@ -156,6 +156,23 @@ def test_the_model_is_loaded_with_what_is_there_and_the_base_is_judged(
     assert "do not have the values that they had in the run that saved (base.0.bias" in caplog.text
 
 
+def test_one_name_of_a_tied_tensor_excludes_nothing_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted()
+    model.head = nn.Linear(3, 4, bias=False)
+    model.head.weight = model.base[0].weight
+    with caplog.at_level(logging.WARNING, logger="dist_train"):
+        train(tmp_path, model, 1, exclude=("base.*",))
+    told = [record.getMessage() for record in caplog.records if "tied" in record.getMessage()]
+    assert len(told) == 1
+    assert "exclude=('base.*',) matches base.0.weight, which is tied to head.weight" in told[0]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="dist_train"):
+        train(tmp_path / "both", model, 1, exclude=("base.*", "head.*"))
+    assert not [record for record in caplog.records if "tied" in record.getMessage()]
+
+
 def test_an_excluded_tensor_that_is_tied_to_one_that_is_saved_is_saved(tmp_path: Path) -> None:
     def tied() -> Any:
         model = adapted()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+import dist_train as dt
 from dist_train.checkpoint.inference import find_checkpoint, load_model
 from dist_train.checkpoint.policy import CheckpointPolicy
 from dist_train.errors import (
@@ -103,7 +104,7 @@ def test_a_wrapped_model_is_filled_too(run_dir: Path, trained: SmallRun) -> None
 
 def test_a_directory_without_checkpoints_has_neither(tmp_path: Path) -> None:
     for which in ("latest", "best"):
-        with pytest.raises(NoCheckpointError, match=f"{tmp_path} holds no checkpoint"):
+        with pytest.raises(NoCheckpointError, match=f"{tmp_path} is not a run directory"):
             load_model(str(tmp_path), which, blank())
 
 
@@ -146,3 +147,29 @@ def test_a_model_that_does_not_fit_is_unchanged(run_dir: Path) -> None:
     with pytest.raises(StateMismatchError, match=r"does not fit the model: .* The model is unchanged"):
         load_model(str(run_dir), "latest", model)
     assert all(same_bits(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_without_memory_is_refused_and_not_left_as_it_is(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with dt.Run(str(tmp_path / "run"), model=model) as run:
+        for _ in run.epochs(1):
+            run.step()
+    with pytest.raises(StateMismatchError, match=r"model/bias and 1 more of the model on the meta device.*to_empty"):
+        load_model(str(tmp_path / "run"), "latest", nn.Linear(2, 1, device="meta"))
+    filled = load_model(str(tmp_path / "run"), "latest", nn.Linear(2, 1, device="meta").to_empty(device="cpu"))
+    assert filled.weight.tolist() == model.weight.tolist()
+
+
+def test_what_is_no_run_is_told_as_such(tmp_path: Path) -> None:
+    with dt.Run(str(tmp_path / "run"), model=nn.Linear(2, 1)) as run:
+        for _ in run.epochs(1):
+            run.step()
+    model, inner = nn.Linear(2, 1), str(tmp_path / "run/checkpoints/step-00000001")
+    for place, told in (
+        (inner, "is one checkpoint, expected the run directory, which is"),
+        (str(tmp_path / "nothing"), "there is no such directory"),
+        (str(tmp_path), "is not a run directory"),
+    ):
+        with pytest.raises(NoCheckpointError, match=told):
+            load_model(place, "latest", model)
+    load_model(str(tmp_path / "run"), inner, model)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn, optim
 
+from dist_train.checkpoint.exchange import export_checkpoint
 from dist_train.construction import Construction
 from dist_train.errors import StateMismatchError, UnsaveableStateError
 from dist_train.state import LiveState
 from tests.support.cycle import open_checkpoint, write_checkpoint
+from tests.support.kinds import KINDS
 from tests.support.kinds_optimizers import EightBit, Lookahead, Sam, plain_layers
-from tests.support.scripts import differences, observe_optimizer
+from tests.support.scripts import differences, observe_optimizer, train
 
 
 def live_state(model: nn.Module, optimizer: Any, scheduler: Any = None) -> LiveState:
@@ -181,3 +183,13 @@ def test_a_changed_rate_keeps_the_precision_of_its_tensor(tmp_path: Path) -> Non
     )
     cycle(live, back, tmp_path)
     assert float(back.optimizers[""].param_groups[0]["lr"]) == 0.3
+
+
+def test_what_an_optimizer_adds_to_its_state_dict_is_exported_as_it_tells_it(tmp_path: Path) -> None:
+    script = KINDS["optimizer that adds to its state_dict"].build()
+    train(script, tmp_path / "run", 2)
+    export_checkpoint(str(tmp_path / "run"), "latest", str(tmp_path / "out.pth"))
+    told = torch.load(tmp_path / "out.pth", weights_only=True)["optimizer_state_dict"]
+    fresh = KINDS["optimizer that adds to its state_dict"].build()
+    fresh.optimizer.load_state_dict(told)
+    assert fresh.optimizer.ledger.entries == 2

@@ -382,3 +382,10 @@ def test_trackers_are_finished_once_the_end_is_saved_and_the_process_group_is_le
     monkeypatch.setattr(ready.accelerator.state, "destroy_process_group", lambda: told.append("destroyed"))
     ready.fit()
     assert told == ["step 1", "step 2", "done"]
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused_at_once(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    config = TrainConfig(run_dir=str(tmp_path / "run"), epochs=1, global_batch_size=4, cpu=True)
+    with pytest.raises(ConfigError, match="LBFGS evaluates the loss several times an update, by a closure"):
+        Trainer(model, torch.optim.LBFGS(model.parameters()), train_data=[1], loss=lambda m, b: m(b), config=config)
