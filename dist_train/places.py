@@ -89,7 +89,7 @@ def row_like(rows: Sequence[Mapping[str, Json]], place: Place) -> int:
 def describe_ranks(world_size: int, place: Sequence[int] | None) -> str:
     """ "4 ranks", or on a mesh "4 ranks in 2 places"."""
     if place is None:
-        return f"{world_size} ranks"
+        return f"{world_size} rank{'s' if world_size > 1 else ''}"
     return f"{world_size} ranks in {place[1]} place{'s' if place[1] > 1 else ''}"
 
 

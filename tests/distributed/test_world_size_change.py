@@ -32,7 +32,7 @@ def test_two_ranks_then_one_then_two_train_the_same_samples_updates_and_losses(t
         assert run_command(command, deadline_seconds=120, extra=plan.to_environment()).returncode != 0
     last = run_command(torchrun(2, *changing), deadline_seconds=120, extra=plan.to_environment()).require_success()
 
-    assert "saved by 1 ranks and is continued by 2" in last.output
+    assert "saved by 1 rank and is continued by 2 ranks" in last.output
     assert len(plan.fired()) == 2
     consumed = consumed_samples(tmp_path / "run", tmp_path / "samples")
     assert consumed == {epoch: dict.fromkeys(range(NUM_SAMPLES), 1) for epoch in range(EPOCHS)}

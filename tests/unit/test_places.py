@@ -80,3 +80,4 @@ def test_ranks_are_told_with_their_places() -> None:
         "4 ranks in 2 places",
         "2 ranks in 1 place",
     )
+    assert describe_ranks(1, None) == "1 rank"
