@@ -31,9 +31,14 @@ class Found:
 
 def list_checkpoints(store: Store) -> list[Found]:
     """All folders under committed names, oldest first: by sequence, the unreadable ones before all others."""
-    names = [name for name in store.list(CHECKPOINTS) if parse_step_name(name) is not None]
-    found = [read_checkpoint(store, f"{CHECKPOINTS}/{name}") for name in names]
+    found = [read_checkpoint(store, path) for path in _paths(store)]
     return sorted(found, key=lambda one: one.manifest.sequence if one.manifest else -1)
+
+
+def newest_attempt(store: Store) -> int:
+    """The highest that a checkpoint is of, 0 without any. One manifest at a time: large models have large ones."""
+    found = (read_checkpoint(store, path).manifest for path in _paths(store))
+    return max((manifest.attempt for manifest in found if manifest is not None), default=0)
 
 
 def find_abandoned(store: Store) -> list[str]:
@@ -47,6 +52,10 @@ def find_abandoned(store: Store) -> list[str]:
 def committed(found: Sequence[Found]) -> list[tuple[str, Manifest]]:
     """Path and manifest of those that can be used."""
     return [(one.path, one.manifest) for one in found if one.manifest is not None]
+
+
+def _paths(store: Store) -> list[str]:
+    return [f"{CHECKPOINTS}/{name}" for name in store.list(CHECKPOINTS) if parse_step_name(name) is not None]
 
 
 def read_checkpoint(store: Store, path: str) -> Found:

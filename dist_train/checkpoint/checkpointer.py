@@ -20,7 +20,7 @@ from typing import Any
 from dist_train.capture import Capture
 from dist_train.checkpoint import roll_back
 from dist_train.checkpoint.attached import AttachedFile, read_attached
-from dist_train.checkpoint.catalog import committed, list_checkpoints
+from dist_train.checkpoint.catalog import newest_attempt
 from dist_train.checkpoint.enclosure import require_place_for_run
 from dist_train.checkpoint.joint_plan import plan_together
 from dist_train.checkpoint.keeper import Keeper
@@ -161,8 +161,7 @@ class Checkpointer:
         assert self._ownership is not None
         require_place_for_run(str(self.store.root))
         self.store.require_writable()
-        recorded = [manifest.attempt for _, manifest in committed(list_checkpoints(self.store))]
-        attempt = self._ownership.acquire(at_least=max(recorded, default=0) + 1)
+        attempt = self._ownership.acquire(at_least=newest_attempt(self.store) + 1)
         self.store.make_directory(CHECKPOINTS)
         for name in self.store.list(CHECKPOINTS):
             if name.startswith(SAVING_PREFIX):

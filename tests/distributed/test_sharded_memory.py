@@ -17,7 +17,7 @@ from tests.support.sharded_memory import Peak
 
 SAVE_BUFFER_MB = 16
 """A chunk that is digested (8 MiB), the manifest's JSON, rounding to pages; of any model."""
-LOAD_BUFFER_MB = 32
+LOAD_BUFFER_MB = 24
 """A piece of a mapped file (16 MiB), the headers of the files, and what a process needs once for its first load."""
 MAPPED_MB = 48
 """Pages of mapped files: what is asked for by columns has gaps, which lie between."""
