@@ -37,6 +37,7 @@ _TEXTS = (
     *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
     *(pathlib.PosixPath, pathlib.PurePosixPath, Decimal, Fraction, uuid.UUID),
 )
+_LOOKUP = ("getattr", "builtins.getattr")
 WAYS_OUT = {
     "_io.BytesIO": "Put its getvalue() in its place.",
     "argparse.Namespace": "Put vars(it) in its place.",
@@ -95,8 +96,16 @@ def read_saved(data: io.BytesIO, key: str) -> Any:
             return _load(data)
     except Exception as error:  # pickle's, zip's and torch's own kinds, which have no common base
         name = refused_name(" ".join(str(error).split()))
+        name = _looked_up(data) if name in _LOOKUP else name
         what = f"a {name}" if name else "something that is not what torch.save makes of plain data"
         raise UnsaveableStateError(unsaveable(key, what)) from error
+
+
+def _looked_up(data: io.BytesIO) -> str:
+    """What an attribute is looked up in, which is what some versions of Python make of an enum's member."""
+    data.seek(0)
+    named: list[str] = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(data))
+    return next((one for one in named if one not in _LOOKUP), _LOOKUP[0])
 
 
 def _load(data: io.BytesIO) -> Any:

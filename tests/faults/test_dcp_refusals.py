@@ -48,7 +48,7 @@ class Kind(enum.Enum):
         (torch.zeros(2, dtype=torch.complex128), "torch.complex128", "Put torch.view_as_real(it)"),
         (nn.functional.relu, "relu", "Put what it consists of"),
         (io.BytesIO(b"a pickle"), "_io.BytesIO", "Put its getvalue() in its place"),
-        ((1, Kind.ODD), "deep.odd", "an enum's value"),
+        ((1, Kind.ODD), "Kind", "an enum's value"),
         ((1, slice(3)), "a slice", "Put what it consists of"),
         ((1, deque([1])), "collections.deque", "Put list(it)"),
         (np.array([None]), "ObjectDType", "Put its tolist()"),
