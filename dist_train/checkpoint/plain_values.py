@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.serialization import safe_globals
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dist_train.errors import UnsaveableStateError
 
@@ -104,7 +104,7 @@ def read_saved(data: io.BytesIO, key: str) -> Any:
 def _looked_up(data: io.BytesIO) -> str:
     """What an attribute is looked up in, which is what some versions of Python make of an enum's member."""
     data.seek(0)
-    named: list[str] = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(data))
+    named: list[str] = sorted(get_unsafe_globals_in_checkpoint(data))
     return next((one for one in named if one not in _LOOKUP), _LOOKUP[0])
 
 
