@@ -8,7 +8,7 @@ and is itself agreed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,22 @@ def require_alike(told: Mapping[str, Json], world: World, what: str) -> None:
     """Raises ConfigError on all ranks where settings differ by which they act together. Collective."""
     if world.world_size == 1:
         return
-    rows = world.gather(dict(told), what)
+    if unlike := first_unlike(world.gather(dict(told), what)):
+        raise ConfigError(
+            f"The script says on each rank otherwise {what}: {unlike}, and ranks that part wait for each other for "
+            f"ever. Give every rank the same settings: the run itself sees to it that only one of them writes what is "
+            f"common."
+        )
+
+
+def first_unlike(rows: Sequence[Mapping[str, Json]]) -> str:
+    """Where a rank's settings differ from the main rank's, for people; empty where none do."""
+    first = rows[0]
     for rank, row in enumerate(rows):
-        for name in told:
-            if row[name] != rows[0][name]:
-                raise ConfigError(
-                    f"The script says on each rank otherwise {what}: {name} is {rows[0][name]!r} on rank 0 and "
-                    f"{row[name]!r} on rank {rank}, and ranks that part wait for each other for ever. Give every rank "
-                    f"the same settings: the run itself sees to it that only one of them writes what is common."
-                )
+        for name in (*first, *sorted(row.keys() - first.keys())):
+            if row.get(name) != first.get(name):
+                return f"{name} is {first.get(name)!r} on rank 0 and {row.get(name)!r} on rank {rank}"
+    return ""
 
 
 class Agreement:

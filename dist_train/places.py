@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_train.agreement import first_unlike
 from dist_train.errors import ConfigError
 
 Json = Any
@@ -116,15 +117,11 @@ def require_one_order(orders: Sequence[Mapping[str, Json]]) -> None:
     Args:
         orders: of each rank, what decides its loader's order.
     """
-    first = orders[0]
-    for rank, order in enumerate(orders):
-        for what in sorted(first.keys() | order.keys()):
-            if order.get(what) != first.get(what):
-                raise ConfigError(
-                    f"The training loaders of the ranks differ: {what} is {first.get(what)!r} on rank 0 and "
-                    f"{order.get(what)!r} on rank {rank}. Give dist_train.data_loader the same dataset and the same "
-                    f"settings on every rank; it shares the samples out by itself."
-                )
+    if unlike := first_unlike(orders):
+        raise ConfigError(
+            f"The training loaders of the ranks differ: {unlike}. Give dist_train.data_loader the same dataset and the "
+            f"same settings on every rank; it shares the samples out by itself."
+        )
 
 
 def _place_on(mesh: Any, data_dims: str | Sequence[str] | None) -> Place:

@@ -181,9 +181,9 @@ class Images(nn.Module):
         return self.layers(images).mean((1, 2, 3))
 
 
-def scaled() -> Script:
-    """fp16 in a plain loop: update 1 overflows and is skipped, and the scale grows at times."""
-    model = network()
+def scaled(model: nn.Module | None = None) -> Script:
+    """fp16 in a plain loop: update 1 overflows and is skipped, and the scale grows at times; gradients are clipped."""
+    model = network() if model is None else model
     optimizer = adamw(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)  # type: ignore[attr-defined]
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler as rates
 
 import dist_train as dt
+from tests.support import kinds_models
 from tests.support.kinds_changing import Changing, Noisy, Registering
 from tests.support.kinds_models import (
     Ema,
@@ -184,22 +185,8 @@ def replaying() -> Script:
 
 
 def scaled() -> Script:
-    """fp16's scaler: update 1 overflows and is skipped on every rank; gradients are clipped by the whole norm."""
-    model = shard(plain_layers())
-    optimizer = adamw(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)  # type: ignore[attr-defined]
-
-    def step(update: int) -> torch.Tensor:
-        loss = loss_of(model, update)
-        scaler.scale(loss * (float("inf") if update == 1 else 1.0)).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return loss
-
-    return Script(model=model, optimizer=optimizer, registered={"scaler": scaler}, step=step)
+    """Skipped on every rank where one overflows, and clipped by the whole norm."""
+    return kinds_models.scaled(shard(plain_layers()))
 
 
 def compiled_layers() -> nn.Module:
